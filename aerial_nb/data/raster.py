@@ -75,7 +75,7 @@ def ground_resolution(
     return nominal if abs(ground / nominal - 1) < 0.01 else ground
 
 # %% ../../nbs/data/raster.ipynb #580d25ea
-_STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE"}
+_STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE", "RAW_CHECK_FILE_SIZE": "YES"}
 _AGAIN = "copy or download it again, or leave it out of the samples"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
