@@ -114,8 +114,8 @@ def acquire(self: RunFolder) -> RunFolder:
     "Make this process the only writer; a dead owner's lock is taken over. Raises RunLocked."
     with _lock_file(self.path / ".lock") as file:
         owner, me = _held(file), _process(os.getpid())
-        if owner and owner != me and _alive(owner):
-            if str(owner["pid"]) == os.environ.get("AERIAL_RUN_OWNER"): return self  # aerial_run holds it for us
+        ours = owner and str(owner["pid"]) == os.environ.get("AERIAL_RUN_OWNER")  # aerial_run hands it to its kernel
+        if owner and owner != me and not ours and _alive(owner):
             raise RunLocked(f"run {self.experiment}/{self.id} is being written by process {owner['pid']}: wait for it, or "
                             f"stop it; if it ran on another machine and is dead, delete {self.path / '.lock'}")
         file.truncate(0); file.write(json.dumps(me))
