@@ -129,10 +129,14 @@ def show_errors(
     gsd_m: float | None = None,       # pixel size for the scale bar
     title: str = "",                  # stands before the scores
     positive: int = 1,                # the class that is judged
-    axes: Sequence[plt.Axes] | None = None, # four axes to draw in
+    axes: Sequence[plt.Axes] | None = None, # four axes of a figure of your own, a row of a grid
 ) -> plt.Figure:
     "Image, label, prediction and errors side by side, with a scale bar and the scores."
-    if axes is None: axes = plt.subplots(1, 4, figsize=(10, 3), dpi=72, layout="constrained")[1]
+    says = "   ".join(filter(None, [title, _say_scores(pred, target, positive)]))
+    if axes is None:
+        fig, axes = plt.subplots(1, 4, figsize=(10, 3), dpi=72, layout="constrained")
+        fig.suptitle(says, fontsize=10)
+    else: axes[0].set_ylabel(says.replace("  ", "\n"), fontsize=8)
     pred, target = as_array(pred), as_array(target)
     picture, heat = to_picture(image, target != IGNORE), pred if probs is None else as_array(probs)
     axes[0].imshow(picture); axes[1].imshow(_mask_picture(picture, target, positive))
@@ -141,7 +145,6 @@ def show_errors(
     for ax, name in zip(axes, ("image", "label", "prediction" if probs is None else "probability", "errors"), strict=True):
         ax.set_title(name, fontsize=9); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     add_scale_bar(axes[0], gsd_m); error_legend(axes[3])
-    axes[0].figure.suptitle("   ".join(filter(None, [title, _say_scores(pred, target, positive)])), fontsize=10)
     return axes[0].figure
 
 # %% ../../nbs/report/figures.ipynb #9fb8e154
@@ -162,7 +165,7 @@ def show_crops(
     n = min(len(images), most)
     if not n: raise ValueError("there are no crops to show")
     columns, rows = min(columns, n), -(-n // min(columns, n))
-    fig, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2 * rows + .3 * bool(titles)), dpi=72, squeeze=False,
+    fig, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 1.9 * rows + .3 * bool(titles)), dpi=72, squeeze=False,
                              layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for i, ax in zip(range(n), axes.flat, strict=False):
@@ -177,6 +180,10 @@ def show_crops(
     return fig
 
 # %% ../../nbs/report/figures.ipynb #b73fd31a
+def _label(name: str) -> str:
+    "A column's name as people write it."
+    return " ".join({"iou": "IoU", "f1": "F1", "image": "per image"}.get(part, part) for part in name.split("_"))
+
 def _histories(history) -> list[tuple[str, list[pd.DataFrame]]]:
     "Name and tables of each arm, from a table with columns arm and seed, or a mapping of names to one or more tables."
     if isinstance(history, pd.DataFrame):
@@ -200,8 +207,8 @@ def plot_history(
                 series = pd.DataFrame([t.set_index("epoch")[column] for t in tables if column in t]).T
                 style = dict(color=colour, ls="--" if column.startswith("train") else "-")
                 if series.shape[1] > 1: ax.plot(series, lw=.6, alpha=.6, **style)
-                ax.plot(series.mean(axis=1), lw=1.8, label=" ".join(filter(None, [arm, column])), **style)
-        ax.set(xlabel="epoch", title=panel); ax.legend(fontsize=7); ax.spines[["top", "right"]].set_visible(False)
+                ax.plot(series.mean(axis=1), lw=1.8, label=" ".join(filter(None, [arm, _label(column)])), **style)
+        ax.set(xlabel="epoch", title=_label(panel)); ax.legend(fontsize=7); ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 # %% ../../nbs/report/figures.ipynb #429f7258
@@ -214,11 +221,11 @@ def plot_thresholds(
     frame, chosen = curve.frame(), curve.best(names[0]) if chosen is None else chosen
     fig, ax = plt.subplots(figsize=(4.4, 2.6), dpi=72, layout="constrained")
     for name, colour in zip(names, ARMS * len(names), strict=False):
-        ax.plot(frame.threshold, frame[name], color=colour, label=name)
+        ax.plot(frame.threshold, frame[name], color=colour, label=_label(name))
     at = frame.iloc[(frame.threshold - chosen).abs().argmin()]
     ax.axvline(chosen, color="0.5", ls=":")
     ax.plot(chosen, at[names[0]], "o", color=ARMS[0])
-    ax.annotate(f"{at[names[0]]:.3f} at {chosen:.3f}", (chosen, at[names[0]]), (6, -12), textcoords="offset points", fontsize=8)
+    ax.set_title(f"{_label(names[0])} {at[names[0]]:.3f} at threshold {chosen:.3f}", fontsize=9)
     ax.set(xlabel="threshold", xlim=(0, 1), ylim=(0, 1.02)); ax.legend(fontsize=8, loc="lower center")
     ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -254,7 +261,7 @@ def gallery(
         image, pred, target = load(tile.image)
         column[0].imshow(to_picture(image, as_array(target) != IGNORE)); add_scale_bar(column[0], gsd_m)
         column[1].imshow(error_overlay(image, pred, target))
-        column[0].set_title(f"{tile.group}: {statistic} {getattr(tile, statistic):.2f}", fontsize=9)
+        column[0].set_title(f"{tile.group}: {_label(statistic)} {getattr(tile, statistic):.2f}", fontsize=9)
         column[1].set_xlabel(str(tile.image)[:24], fontsize=7)
         for ax in column: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     handles = [Patch(color=c, label=n) for n, c in (("found", TRUE_POSITIVE), ("false", FALSE_POSITIVE), ("missed", MISS))]

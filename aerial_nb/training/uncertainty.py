@@ -131,7 +131,7 @@ def _same_images(a: pd.DataFrame, b: pd.DataFrame) -> None:
                                f"{len(alone)} are in one only, such as image {alone[0][0]} (seed {alone[0][2]})")
     if not all(c in t for t in (a, b) for c in ("tp", "fn")): return
     true = [t.assign(true=t.tp + t.fn).set_index(["image", "seed"]).true.sort_index() for t in (a, b)]
-    wrong = true[0].index[true[0].to_numpy() != true[1].to_numpy()]
+    wrong = true[0].index[~np.isclose(true[0].to_numpy(), true[1].to_numpy())]
     if len(wrong): raise ValueError(f"image {wrong[0][0]} has {true[0][wrong[0]]} true pixels in one table and "
                                     f"{true[1][wrong[0]]} in the other: the arms were scored on different labels")
 
