@@ -89,7 +89,8 @@ class Watch:
     def __init__(self, run: RunFolder, epochs=None, every_s: float = 5, stream=None):
         self.run, self.epochs, self.every_s, self.stream = run, epochs, every_s, stream or sys.stderr
         self.seen, self.said, self.start = {p: p.stat().st_mtime_ns for p in self._files()}, 0., {}
-        self.bar = tqdm(bar_format="{elapsed} {desc}", disable=not self.stream.isatty(), file=self.stream, leave=True)
+        self.bar = tqdm(bar_format="{elapsed} {desc}", disable=not self.stream.isatty(), file=self.stream,
+                        desc="waiting for the first epoch")
 
     def _files(self): return [*self.run.path.glob("history.csv"), *self.run.path.glob("arms/*/history.csv")]
 
@@ -117,7 +118,9 @@ class Watch:
         first, since = self.start.setdefault(file, (done, now))
         total = self.epochs if isinstance(self.epochs, int) else None
         left = (now - since) / (done - first) * (total - done) if total and done > first else None
-        return f"epoch {done}{f' of {total}' if total else ''}: {rest}" + (f"; about {left:.0f} s left here" if left else "")
+        return f"epoch {done}{f' of {total}' if total else ''}: {rest}" + (f"; about {_span(left)} left here" if left else "")
+
+def _span(seconds: float) -> str: return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 # %% ../../nbs/training/launch.ipynb #49a720c9
 @contextmanager
