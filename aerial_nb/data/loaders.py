@@ -8,7 +8,7 @@ Crops as torch data sets and fastai DataLoaders, normalised on the device, with 
 __all__ = ['logger', 'Stats', 'channel_stats', 'CropDataset', 'Normalise', 'CropLoader', 'loaders', 'crop_loaders', 'EpochCrops',
            'to_rgb', 'batch_rgb']
 
-# %% ../../nbs/data/loaders.ipynb #1245d05e
+# %% ../../nbs/data/loaders.ipynb #04acf339
 import logging
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from torch.utils.data import Dataset
 from .raster import DataError
-from .tiles import TileStore, crop_name, draw_crops, grid_crops, read_crop
+from .tiles import TileStore, crop_name, crop_views, draw_crops, grid_crops
 
 # %% ../../nbs/data/loaders.ipynb #a2dcce99
 logger = logging.getLogger(__name__)
@@ -43,8 +43,9 @@ class Stats:
         if image.shape[-3] != len(mean):
             raise DataError(f"an image of {image.shape[-3]} bands, normalisation for {len(mean)}: "
                             "read the bands that the model was trained on")
-        out = (image.to(torch.float32) - mean).mul_(scale)
-        return out if valid is None else out.masked_fill_(~valid.unsqueeze(-3), 0)
+        if image.is_floating_point(): image = image.nan_to_num(0, 0, 0)  # no-data may be NaN, and 0 * NaN is NaN
+        out = image.to(torch.float32, copy=True).sub_(mean).mul_(scale)
+        return out if valid is None else out.mul_(valid.unsqueeze(-3))
 
     def denormalise(self, image):
         "Back to the units of the file, float32."
@@ -100,19 +101,23 @@ class CropDataset(Dataset):
         self.store, self.size = store, size
         self.draw, self.plan = (plan, plan(0)) if callable(plan) else (None, plan)
         if self.plan is None or not len(self.plan): raise DataError("the plan holds no crop")
-        self.dtype = _SAFE.get(str(store.dtype), store.dtype)
+        self.dtype = np.dtype(_SAFE.get(str(store.dtype), store.dtype))
 
     def set_epoch(self, epoch: int) -> None:
         "Draw the plan of this epoch; a plan given as an array stays."
         if self.draw: self.plan = self.draw(epoch)
 
-    def layers(self, i: int) -> tuple: # image, mask, valid (size, size) bool
-        "One crop with its valid pixels, which differ from the counted ones where a label is missing."
-        image, mask, valid = read_crop(self.store, self.plan[i], self.size)
-        return torch.from_numpy(image.astype(self.dtype, copy=False)), torch.from_numpy(mask), torch.from_numpy(valid)
+    def batch(self, indices) -> tuple: # (b, bands, size, size), (b, size, size) uint8, (b, size, size) bool
+        "Several crops with their valid pixels, which differ from the counted ones where a label is missing."
+        b, side = len(indices), (self.size, self.size)
+        image, mask, valid = np.empty((b, self.store.bands, *side), self.dtype), np.empty((b, *side), "uint8"), np.empty((b, *side), bool)
+        for j, i in enumerate(indices): image[j], (mask[j], valid[j]) = crop_views(self.store, self.plan[i], self.size)
+        return tuple(map(torch.from_numpy, (image, mask, valid)))
 
     def __len__(self) -> int: return len(self.plan)
-    def __getitem__(self, i: int) -> tuple: return self.layers(i)[:2]
+    def __getitem__(self, i: int) -> tuple:
+        image, mask, _ = self.batch([i])
+        return image[0], mask[0]
 
     def describe(self, i: int) -> str:
         "Where crop `i` of this epoch lies: tile NAME, rows a..b, columns c..d."
@@ -128,8 +133,9 @@ class Normalise:
         return self.stats.normalise(image, valid), mask
 
 class CropLoader(DataLoader):
-    "fastai DataLoader that also takes the valid pixels along, as far as the normalisation."
-    def create_item(self, s): return self.dataset.layers(s or 0)
+    "fastai DataLoader that cuts a whole batch at once, with the valid pixels as far as the normalisation."
+    def create_item(self, s): return s
+    def do_batch(self, indices): return self.dataset.batch(indices)  # one copy a crop, no collating
 
 def loaders(
     train: CropDataset, # seen in the order of its plan
