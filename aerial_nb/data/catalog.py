@@ -254,8 +254,8 @@ def massachusetts(
     elif _official_folders(folder): rows = _official(folder)
     elif plain := _image_label_folders(folder): rows = _paired(**plain, key=sample_key, unlabelled=False)
     else:
-        raise DataError(f"{folder}: no Massachusetts Roads here; looked for tiff/train + tiff/train_labels, for a CSV with "
-                        "columns such as tiff_image_path and tif_label_path, and for images/ + masks/ with rasters")
+        raise DataError(f"{folder}: no Massachusetts Roads here; looked for tiff/train + tiff/train_labels, for a CSV "
+                        "with columns such as tiff_image_path and tif_label_path, and for images/ + masks/ with rasters")
     rows.sort(key=lambda r: _natural(r["image"]))
     _massachusetts_scenes(rows)
     for row in rows: row["fill"] = None if row.get("valid") else (255, 255, 255)
@@ -319,7 +319,7 @@ def open_samples(
         return synthetic_samples(cache or settings().cache / "synthetic", **(synthetic or {}))
     folder = Path(data)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder (looked from {Path.cwd()}); pass a data set's folder, or 'synthetic'")
+        raise DataError(f"{folder}: no such folder (looked from {Path.cwd()}); pass a folder, or 'synthetic'")
     if not any(folder.iterdir()):
         raise DataError(f"{folder.resolve()}: the folder is empty; was the download completed?")
     plain = _image_label_folders(folder)
@@ -358,6 +358,7 @@ def _totals(part: pd.DataFrame) -> dict:
     out = dict(images=len(part), scenes=part["scene"].nunique(), megapixels=round(part["pixel"].sum(), 1),
                km2=round(part["km2"].sum(min_count=1), 2))
     if "valid_share" not in part: return out
-    valid = part["valid_share"] * part["pixel"]
-    positive = (part["positive_share"] * valid).sum() / max(valid[part["positive_share"].notna()].sum(), 1e-9)
-    return out | {"valid": f"{valid.sum() / part['pixel'].sum():.1%}", "positive": f"{positive:.2%}"}
+    valid, labelled = part["valid_share"] * part["pixel"], part["positive_share"].notna()
+    seen = valid[labelled].sum()
+    return out | {"valid": f"{valid.sum() / part['pixel'].sum():.1%}",
+                  "positive": f"{(part['positive_share'] * valid).sum() / seen:.2%}" if seen else ""}

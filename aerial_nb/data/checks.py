@@ -182,11 +182,11 @@ def _fingerprint(pixels: Pixels) -> str:
 
 def _image_findings(row, name: str, pixels: Pixels) -> list[dict]:
     "Blank images, and a resolution that contradicts the table."
-    real, gsd = pixels.data[:, pixels.valid], row["gsd_m"]
-    if real.size == 0: return [_fault("blank", name, f"{row['image']}: no valid pixel at all; drop the row")]
-    if (real == real[:, :1]).all():
-        return [_fault("blank", name, f"{row['image']}: one colour throughout, {tuple(real[:, 0].tolist())}; "
-                       "drop the row")]
+    if not pixels.valid.any(): return [_fault("blank", name, f"{row['image']}: no valid pixel at all; drop the row")]
+    first = pixels.data[:, *np.unravel_index(pixels.valid.argmax(), pixels.shape)]
+    if not any(((band != value) & pixels.valid).any() for band, value in zip(pixels.data, first)):
+        return [_fault("blank", name, f"{row['image']}: one colour throughout, {tuple(first.tolist())}; drop the row")]
+    gsd = row["gsd_m"]
     if pixels.gsd_m and given(gsd) and abs(pixels.gsd_m / gsd - 1) > 0.05:
         return [_note("gsd", name, f"the table says {gsd:g} m per pixel, the file {pixels.gsd_m:.3g}")]
     return []
