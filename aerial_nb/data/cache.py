@@ -10,6 +10,7 @@ __all__ = ['LAYERS', 'reader_version', 'Source', 'decode', 'counted', 'layer_fil
 
 # %% ../../nbs/data/cache.ipynb #478f3506
 import errno
+import inspect
 import json
 import math
 import os
@@ -27,8 +28,9 @@ import numpy as np
 import rasterio
 from tqdm.auto import tqdm
 from . import masks, raster
-from .masks import IGNORE, read_class_map
-from .raster import DataError, raster_info, read_pixels
+from .checks import read_sample
+from .masks import IGNORE
+from .raster import DataError, raster_info
 
 # %% ../../nbs/data/cache.ipynb #a0de3432
 _LAYOUT = 1  # of the files written here
@@ -36,8 +38,8 @@ _LAYOUT = 1  # of the files written here
 @cache
 def reader_version() -> str:
     "Changes with the code that decodes tiles, so that no old pixels survive a new reader."
-    code = b"".join(Path(module.__file__).read_bytes() for module in (raster, masks))
-    return sha256(code + f"{rasterio.__gdal_version__} {_LAYOUT}".encode()).hexdigest()[:12]
+    code = "".join(inspect.getsource(part) for part in (raster, masks, read_sample))
+    return sha256(f"{code} {rasterio.__gdal_version__} {_LAYOUT}".encode()).hexdigest()[:12]
 
 @dataclass(frozen=True)
 class Source:
@@ -55,7 +57,7 @@ class Source:
         "Content identity, 32 hexadecimal digits. Raises DataError when a file is missing."
         parts = [reader_version(), repr(self.fill), repr(self.options)]
         for path in (self.image, self.label, self.valid):
-            if not path: parts.append(""); continue
+            if not path or "://" in path or path.startswith("/vsi"): parts.append(path); continue
             try: stat = os.stat(path)
             except OSError as e: raise DataError(f"{path}: {e.strerror}; correct the path in the samples table") from e
             parts.append(f"{os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}")
@@ -66,10 +68,11 @@ def decode(
     source: Source, # files of one tile
 ) -> tuple[np.ndarray, np.ndarray]: # image (bands, rows, cols); label (2, rows, cols) uint8: class map, valid
     "Read a tile whole. Raises DataError for an unreadable file or sizes that differ."
-    pixels = read_pixels(source.image, fill=source.fill, valid_path=source.valid or None)
+    row = {"image": source.image, "label": source.label, "valid": source.valid}
+    pixels, classes = read_sample(row, fill=source.fill, labels=dict(source.options))
     label = np.full((2, *pixels.valid.shape), IGNORE, "uint8")
     label[1] = pixels.valid
-    if source.label: label[0] = read_class_map(source.label, valid=pixels.valid, **dict(source.options))
+    if classes is not None: label[0] = classes
     return pixels.data, label
 
 def counted(

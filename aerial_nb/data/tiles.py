@@ -20,6 +20,7 @@ import pandas as pd
 from fastcore.basics import patch
 from .augment import d4
 from .cache import LAYERS, Source, counted, fill_cache, load_record, open_layer, sweep
+from .checks import given
 from .masks import IGNORE
 from .raster import DataError
 from ..settings import settings
@@ -28,22 +29,19 @@ from ..settings import settings
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/data/tiles.ipynb #e79e614d
-def _given(value) -> bool:
-    "Not None, not NaN, not empty: tables use all three for nothing."
-    return value is not None and not (np.isscalar(value) and (pd.isna(value) or value == ""))
-
 def sources(
     samples,             # samples table: image, label, and optionally valid and fill
-    fill=None,           # declared no-data colour for all; else the `fill` column, else attrs["fill"]
-    label_options: dict | None = None, # arguments of `read_class_map`, such as {"positive": 3}
+    fill=None,           # declared no-data colour for all; by default the table's `fill` column
+    labels: dict | None = None, # arguments of `read_class_map`, such as {"positive": 3}
     unlabelled=False,    # allow rows without a label
 ) -> list[Source]: # raises DataError when labels are missing
     "What the decoder needs to know of each row."
-    found, options = [], tuple(sorted((label_options or {}).items()))
+    found, options = [], tuple(sorted((labels or {}).items()))
     for row in samples.to_dict("records"):
-        image, label, valid = (str(row[c]) if _given(row.get(c)) else "" for c in ("image", "label", "valid"))
-        colour = next((c for c in (fill, row.get("fill"), samples.attrs.get("fill")) if _given(c)), None)
-        found.append(Source(image, label, valid, None if colour is None else tuple(np.atleast_1d(colour).tolist()), options))
+        image, label, valid = (str(row[c]) if given(row.get(c)) else "" for c in ("image", "label", "valid"))
+        colour = fill if fill is not None else row.get("fill")
+        colour = tuple(np.atleast_1d(colour).tolist()) if given(colour) else None
+        found.append(Source(image, label, valid, colour, options))
     bare = [s.name for s in found if not s.label]
     if bare and not unlabelled:
         raise DataError(f"{len(bare)} of {len(found)} samples have no label ({', '.join(bare[:5])}{', ...' * (len(bare) > 5)}); "
@@ -56,15 +54,15 @@ class TileStore:
     def __init__(self,
         samples,            # samples table: image, label, and optionally valid and fill
         cache=None,         # folder of decoded tiles; `settings().cache / "tiles"` by default
-        fill=None,          # declared no-data colour; else the table's `fill` column, else its attrs["fill"]
-        label_options: dict | None = None, # arguments of `read_class_map`, such as {"positive": 3}
+        fill=None,          # declared no-data colour for all; by default the table's `fill` column
+        labels: dict | None = None, # arguments of `read_class_map`, such as {"positive": 3}
         unlabelled=False,   # allow samples without a label: their class map is 255 throughout
         threads: int | None = None, # decoding threads; one per core, up to 8, by default
         progress=True,      # show a bar while decoding
     ): # raises DataError with the faults of all tiles, OSError when the disk is full
         if not len(samples): raise DataError("the samples table is empty: nothing to store")
         self.cache = Path(cache) if cache is not None else settings().cache / "tiles"
-        self.sources = sources(samples, fill, label_options, unlabelled)
+        self.sources = sources(samples, fill, labels, unlabelled)
         self.keys, self.records = self._complete(threads or min(8, os.cpu_count() or 1), progress)
         self.crop_tables = {}  # filled by `row_table`
         kinds = {(r["image"]["shape"][0], r["image"]["dtype"]): s.name for r, s in zip(self.records, self.sources)}
