@@ -11,7 +11,6 @@ __all__ = ['logger', 'COLUMNS', 'SUFFIXES', 'OFFICIAL', 'sample_key', 'list_rast
 
 # %% ../../nbs/data/catalog.ipynb #80d1044f
 import glob
-import inspect
 import logging
 import re
 from collections import defaultdict
@@ -281,6 +280,16 @@ def deepglobe(
     return _table([dict(image=images[k], label=masks.get(k, ""), scene=k) for k in kept], gsd_m=0.5)
 
 # %% ../../nbs/data/catalog.ipynb #cdd6cd89
+def _drawing_code(module) -> str:
+    "Hash of the code that draws scenes: a module and its neighbours that it imports."
+    here, todo, sources = Path(module.__file__), [Path(module.__file__).stem], {}
+    while todo:
+        name = todo.pop()
+        if name in sources: continue
+        sources[name] = here.with_stem(name).read_text(encoding="utf-8")
+        todo += re.findall(r"^\s*from \.(\w+) import", sources[name], re.MULTILINE)
+    return sha256("".join(sources[k] for k in sorted(sources)).encode()).hexdigest()[:8]
+
 def synthetic_samples(
     folder: str | Path,   # where scenes are kept
     n: int = 8,           # number of scenes; a larger number later adds to those that are there
@@ -288,17 +297,17 @@ def synthetic_samples(
     seed: int = 0,
     gsd_m: float = 0.5,   # metres per pixel
     task: str = "roads",  # or "buildings": which labels
+    progress: bool = True, # show a bar while drawing
 ) -> pd.DataFrame: # samples table without split, one scene per image; raises DataError
     "Scenes drawn from a seed, written once."
     from aerial_nb.data import synthetic
     kinds = {"roads": "masks", "buildings": "masks_buildings"}
     if task not in kinds: raise DataError(f"task '{task}' is unknown; use {' or '.join(kinds)}")
     if n < 1: raise DataError(f"n must be 1 scene or more, got {n}")
-    source = sha256(inspect.getsource(synthetic).encode()).hexdigest()[:8]
-    home = Path(folder) / f"{size}px_{gsd_m:g}m_seed{seed}_{source}"
+    home = Path(folder) / f"{size}px_{gsd_m:g}m_seed{seed}_{_drawing_code(synthetic)}"
     names = [f"scene_{seed}_{i:03}" for i in range(n)]
     todo = [(i, name) for i, name in enumerate(names) if not (home / "done" / name).is_file()]
-    for i, name in tqdm(todo, desc="draw scenes", unit="scene", disable=not todo):
+    for i, name in tqdm(todo, desc="draw scenes", unit="scene", disable=not todo or not progress):
         synthetic.write_scene(synthetic.scene(size=size, seed=seed * 100_003 + i, gsd_m=gsd_m), home, name)
         (home / "done").mkdir(exist_ok=True); (home / "done" / name).touch()
     return _table([dict(image=home / "images" / f"{name}.tif", label=home / kinds[task] / f"{name}.tif", scene=name)
