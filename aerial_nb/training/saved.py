@@ -221,7 +221,7 @@ def load_foreign(
                          "Where you trust it, take the weights out once: torch.save(model.state_dict(), path). "
                          f"(torch says: {str(error).strip().splitlines()[0]})") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is damaged or no checkpoint: {(str(error) or 'it ends too early').splitlines()[0]}") from error
     weights = _states(found, path)
     for prefix in ("_orig_mod.", "module."):
         if all(k.startswith(prefix) for k in weights): weights = {k[len(prefix):]: v for k, v in weights.items()}
