@@ -1,1 +1,7 @@
 __version__ = "0.1.0"
+
+import warnings
+
+# fastai decorates small functions with torch.jit.script; torch 2.15 warns about each at import. Nothing here uses them.
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
+del warnings
