@@ -25,9 +25,9 @@ from matplotlib.patches import Patch, Rectangle
 from ..training.counts import IGNORE, as_array, count_pixels, rate
 
 # %% ../../nbs/report/figures.ipynb #f28aea3f
-TRUE_POSITIVE = "#00B4D8"   # road, found
-FALSE_POSITIVE = "#FF9A00"  # no road, yet predicted
-MISS = "#D6006E"            # road, not found
+TRUE_POSITIVE = "#009BE6"   # road, found
+FALSE_POSITIVE = "#FFA000"  # no road, yet predicted
+MISS = "#C2005C"            # road, not found
 ARMS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito (2008)
 logger = logging.getLogger(__name__)
 
@@ -67,11 +67,11 @@ def error_overlay(
     out = to_picture(image, valid).astype(np.float32)
     if out.shape[:2] != pred.shape or pred.shape != target.shape:
         raise ValueError(f"image {out.shape[:2]}, pred {pred.shape} and target {target.shape} must have one size")
-    out[:] = (60 + 0.7 * (out @ np.float32([.299, .587, .114])))[..., None]
+    out[:] = (128 + 0.45 * (out @ np.float32([.299, .587, .114])))[..., None]
     for where, colour in ((pred & truth, TRUE_POSITIVE), (pred & valid & ~truth, FALSE_POSITIVE), (~pred & truth, MISS)):
         out[where] += strength * (255 * np.float32(to_rgb(colour)) - out[where])
-    out[~valid] = 225
-    out[~valid & _hatched(valid.shape)] = 165
+    out[~valid] = 250
+    out[~valid & _hatched(valid.shape)] = 150
     return out.clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/report/figures.ipynb #397fe943
