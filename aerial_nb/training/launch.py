@@ -88,7 +88,7 @@ class Watch:
     "Shows the newest history rows of a run: in a terminal as one live line, elsewhere as a line now and then."
     def __init__(self, run: RunFolder, epochs=None, every_s: float = 5, stream=None):
         self.run, self.epochs, self.every_s, self.stream = run, epochs, every_s, stream or sys.stderr
-        self.seen, self.said, self.start = {p: p.stat().st_mtime_ns for p in self._files()}, 0., {}
+        self.seen, self.said, self.start = {p: p.stat().st_mtime_ns for p in self._files()}, -every_s, {}
         self.bar = tqdm(bar_format="{elapsed} {desc}", disable=not self.stream.isatty(), file=self.stream,
                         desc="waiting for the first epoch")
 
@@ -103,7 +103,7 @@ class Watch:
                 self._say(name + self._row(file))
         self.bar.refresh()
 
-    def _due(self): return not self.bar.disable or time.monotonic() - self.said > self.every_s
+    def _due(self): return not self.bar.disable or time.monotonic() - self.said >= self.every_s
     def _say(self, line):
         if self.bar.disable: print(line, file=self.stream, flush=True)
         else: self.bar.set_description_str(line, refresh=True)
