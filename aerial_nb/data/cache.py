@@ -123,7 +123,8 @@ def build_tile(folder: Path, key: str, source: Source) -> dict:
         record["positive_px"] = int((seen & (label[0] > 0)).sum()) if source.label else 0
         _save_record(folder, key, record)
     except BaseException:
-        for file in files.values(): file.unlink(missing_ok=True)
+        if not (folder / f"{key}.json").exists():  # with a record they are another process's, and in use
+            for file in files.values(): file.unlink(missing_ok=True)
         raise
     return record
 
