@@ -210,13 +210,18 @@ def test_gallery_loads_only_what_it_shows():
 
 def test_saved_figures_keep_their_limit(tmp_path):
     rng = np.random.default_rng(0)
-    fig = plt.figure(figsize=(8, 4))
-    for i in (1, 2): fig.add_subplot(1, 2, i).imshow(rng.random((400, 400, 3)))
-    for limit in (300, 120):
+    fig = plt.figure(figsize=(4, 2))
+    for i in (1, 2): fig.add_subplot(1, 2, i).imshow(rng.random((150, 150, 3)))
+    for limit in (60, 20):
         path = save_figure(fig, tmp_path / f"{limit}.png", max_kb=limit)
-        assert 0 < path.stat().st_size <= limit * 1000 and Image.open(path).size[0] > 300
-    with pytest.raises(ValueError, match="show fewer or smaller panels"): save_figure(fig, tmp_path / "no.png", max_kb=2)
+        assert 0 < path.stat().st_size <= limit * 1000 and Image.open(path).size[0] > 150
+    with pytest.raises(ValueError, match="show fewer or smaller panels"):
+        save_figure(fig, tmp_path / "no.png", max_kb=1)
     assert not (tmp_path / "no.png").exists()
+    for i, colour in enumerate((TRUE_POSITIVE, FALSE_POSITIVE, MISS)): fig.text(.3 * i, .5, "mmm", color=colour, fontsize=30)
+    shown = np.array(Image.open(save_figure(fig, tmp_path / "palette.png", max_kb=50)).convert("RGB")).reshape(-1, 3)
+    for colour in (TRUE_POSITIVE, FALSE_POSITIVE, MISS):
+        assert (shown == np.round(255 * np.array(to_rgb(colour)))).all(1).sum() > 200
     line, _ = plt.subplots(figsize=(3, 2))
     assert Image.open(save_figure(line, tmp_path / "line.png")).size == (432, 288)
 

@@ -114,6 +114,10 @@ def _say_scores(pred, target, positive: int = 1) -> str:
     named = {name: getattr(counts, name) for name in ("iou", "precision", "recall")}
     return "  ".join(f"{'IoU' if k == 'iou' else k} {v:.2f}" for k, v in named.items() if np.isfinite(v))
 
+def _frame(ax: plt.Axes) -> None:
+    "No ticks, and a thin frame: blank corners are white, and so is the page."
+    ax.set(xticks=[], yticks=[]); ax.spines[:].set(color="0.7", linewidth=.6)
+
 def error_legend(ax: plt.Axes) -> None:
     "The three colours, named, below the picture."
     ax.legend(handles=[Patch(color=c, label=n) for n, c in (("found", TRUE_POSITIVE), ("false", FALSE_POSITIVE),
@@ -143,7 +147,7 @@ def show_errors(
     axes[2].imshow(heat, cmap="gray" if probs is None else "magma", vmin=0, vmax=1)
     axes[3].imshow(error_overlay(image, pred, target, positive=positive))
     for ax, name in zip(axes, ("image", "label", "prediction" if probs is None else "probability", "errors"), strict=True):
-        ax.set_title(name, fontsize=9); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        ax.set_title(name, fontsize=9); _frame(ax)
     add_scale_bar(axes[0], gsd_m); error_legend(axes[3])
     return axes[0].figure
 
@@ -167,8 +171,9 @@ def show_crops(
     columns, rows = min(columns, n), -(-n // min(columns, n))
     fig, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 1.9 * rows + .3 * bool(titles)), dpi=72, squeeze=False,
                              layout="constrained")
-    for ax in axes.flat: ax.axis("off")
+    for ax in axes.flat[n:]: ax.axis("off")
     for i, ax in zip(range(n), axes.flat, strict=False):
+        _frame(ax)
         mask = None if masks is None else as_array(masks[i])
         picture = to_picture(images[i], None if mask is None else mask != IGNORE)
         if mask is not None:
@@ -263,12 +268,26 @@ def gallery(
         column[1].imshow(error_overlay(image, pred, target))
         column[0].set_title(f"{tile.group}: {_label(statistic)} {getattr(tile, statistic):.2f}", fontsize=9)
         column[1].set_xlabel(str(tile.image)[:24], fontsize=7)
-        for ax in column: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        for ax in column: _frame(ax)
     handles = [Patch(color=c, label=n) for n, c in (("found", TRUE_POSITIVE), ("false", FALSE_POSITIVE), ("missed", MISS))]
     fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return fig
 
 # %% ../../nbs/report/figures.ipynb #998289fb
+def _in_256_colours(data: bytes) -> bytes:
+    "A PNG with a palette, in which the fixed colours stand beside those of the picture."
+    from PIL import Image
+    picture, small = Image.open(BytesIO(data)).convert("RGB"), BytesIO()
+    fixed = [tuple(round(255 * v) for v in to_rgb(c)) for c in (TRUE_POSITIVE, FALSE_POSITIVE, MISS, *ARMS, "#FFFFFF")]
+    free = picture.quantize(256 - len(fixed))
+    index, pixels = np.array(free), np.array(picture)
+    for k, colour in enumerate(fixed, 256 - len(fixed)): index[(pixels == colour).all(-1)] = k
+    out = Image.fromarray(index)
+    padded = (free.getpalette() + [0] * 768)[:3 * (256 - len(fixed))]
+    out.putpalette(padded + [v for colour in fixed for v in colour])
+    out.save(small, format="png", optimize=True)
+    return small.getvalue()
+
 def save_figure(
     fig: plt.Figure,
     path: Path | str,    # ends in .png; its folder must exist
@@ -276,13 +295,11 @@ def save_figure(
     dpi: int = 144,      # tried first
 ) -> Path: # raises ValueError where it would be unreadable before it is small
     "Save a figure as PNG within a limit: first in 256 colours, then at fewer dots per inch."
-    from PIL import Image
     while dpi >= 36:
-        raw, small = BytesIO(), BytesIO()
+        raw = BytesIO()
         fig.savefig(raw, format="png", dpi=dpi, facecolor="white")
-        if len(raw.getvalue()) > max_kb * 1000:
-            Image.open(raw).convert("RGB").quantize(256).save(small, format="png", optimize=True)
-        data = small.getvalue() or raw.getvalue()
+        data = raw.getvalue()
+        if len(data) > max_kb * 1000: data = _in_256_colours(data)
         if len(data) <= max_kb * 1000:
             Path(path).write_bytes(data)
             return Path(path)
