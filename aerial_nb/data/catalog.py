@@ -102,22 +102,20 @@ def _paired(images, labels, valid, key, unlabelled: bool) -> list[dict]:
 
 # %% ../../nbs/data/catalog.ipynb #793cfac5
 def touching(
-    boxes,          # (n, 4) left, bottom, right, top, any unit
-    gap: float = 0, # boxes this far apart still touch
-) -> np.ndarray: # (n,) int, the same number for boxes that touch, directly or through others
-    "Groups of touching boxes."
-    boxes = np.asarray(boxes, float).reshape(-1, 4)
-    shapes = shapely.box(*(boxes + np.array([-1, -1, 1, 1]) * gap / 2).T)
-    pairs = shapely.STRtree(shapes).query(shapes, predicate="intersects")
-    near = coo_matrix((np.ones(pairs.shape[1]), pairs), shape=(len(boxes), len(boxes)))
+    shapes,         # polygons, any unit
+    gap: float = 0, # polygons this far apart still touch
+) -> np.ndarray: # (n,) int, the same number for polygons that touch, directly or through others
+    "Groups of touching polygons."
+    pairs = shapely.STRtree(shapes).query(shapes, predicate="dwithin", distance=gap)
+    near = coo_matrix((np.ones(pairs.shape[1]), pairs), shape=(len(shapes), len(shapes)))
     return connected_components(near, directed=False)[1]
 
-def _group(rows: list[dict], boxes: list, gap: float) -> None:
-    "Name the scene of rows that touch after the first of them; rows without a box keep their own."
-    placed = [i for i, box in enumerate(boxes) if box is not None]
+def _group(rows: list[dict], shapes: list, gap: float) -> None:
+    "Name the scene of rows that touch after the first of them; rows without a footprint keep their own."
+    placed = [i for i, shape in enumerate(shapes) if shape is not None]
     if not placed: return
     first = {}
-    for i, group in zip(placed, touching([boxes[i] for i in placed], gap)):
+    for i, group in zip(placed, touching([shapes[i] for i in placed], gap)):
         rows[i]["scene"] = first.setdefault(group, rows[i]["scene"])
 
 # %% ../../nbs/data/catalog.ipynb #801c8735
@@ -138,13 +136,13 @@ def samples_from(
 def _placed(rows: list[dict], gsd_m=None, scene=None) -> list[dict]:
     "Rows with the ground resolution and the scene that the headers of their files tell."
     rows = sorted(rows, key=lambda r: _natural(r["image"]))
-    boxes = []
+    shapes = []
     for row in rows:
         try: info = raster_info(row["image"])
         except (DataError, OSError): info = None   # a damaged file stays in the table: the scan lists all of them
         if gsd_m is None and info is not None and info.gsd_m: row["gsd_m"] = round(info.gsd_m, 4)
-        boxes.append(footprint(info) if info is not None else None)
-    if scene is None: _group(rows, boxes, gap=2e-5 * max((r.get("gsd_m", 0) for r in rows), default=0))
+        shapes.append(footprint(info) if info is not None else None)
+    if scene is None: _group(rows, shapes, gap=2e-5 * max((r.get("gsd_m", 0) for r in rows), default=0))
     else:
         for row in rows: row["scene"] = str(scene(row["scene"]))
     return rows
@@ -164,7 +162,7 @@ def massachusetts_position(
 def _massachusetts_scenes(rows: list[dict]) -> None:
     "Scenes of touching tiles, within each split where there is an official one."
     places = [massachusetts_position(r["scene"]) for r in rows]
-    boxes = [None if p is None else (*p, p[0] + 15, p[1] + 15) for p in places]
+    boxes = [None if p is None else shapely.box(*p, p[0] + 15, p[1] + 15) for p in places]
     lost = [r["scene"] for r, p in zip(rows, places) if p is None]
     if lost: logger.info("%d tiles carry no place in their name and are one scene each: %s", len(lost), _few(lost, 5))
     splits = [r.get("split", "") for r in rows]
@@ -173,7 +171,8 @@ def _massachusetts_scenes(rows: list[dict]) -> None:
         _group([rows[i] for i in mine], [boxes[i] for i in mine], gap=0)
     placed = [i for i, b in enumerate(boxes) if b is not None]
     groups = defaultdict(set)
-    for i, group in zip(placed, touching([boxes[i] for i in placed])): groups[group].add(splits[i])
+    if placed:
+        for i, group in zip(placed, touching([boxes[i] for i in placed])): groups[group].add(splits[i])
     crossing = sum(len(s) > 1 for s in groups.values())
     if crossing: logger.warning("%d groups of touching tiles cross the official split, kept as published", crossing)
 
@@ -315,6 +314,8 @@ def synthetic_samples(
 
 # %% ../../nbs/data/catalog.ipynb #358f716b
 def _is_massachusetts(names) -> bool:
+    "Whether all names are those of its tiles, as first published or as the samples of others."
+    names = list(names)
     return bool(names) and all(_TILE.fullmatch(n) or re.fullmatch(r"val\d+", n) for n in names)
 
 def open_samples(
@@ -337,7 +338,7 @@ def open_samples(
         return massachusetts(folder) if _is_massachusetts([r["scene"] for r in rows]) else _table(_placed(rows))
     if _official_folders(folder): return massachusetts(folder)
     if next(folder.rglob("*_sat.jpg"), None): return deepglobe(folder, unlabelled)
-    if plain and _is_massachusetts([sample_key(f) for f in list_rasters(plain["images"])]): return massachusetts(folder)
+    if plain and _is_massachusetts(map(sample_key, list_rasters(plain["images"]))): return massachusetts(folder)
     if plain: return samples_from(**plain, unlabelled=unlabelled)
     raise DataError(
         f"{folder.resolve()}: no known layout; looked for images/ + masks/ (or labels/, gt/) with rasters in them, for "

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import shapely
-from rasterio.warp import transform_bounds
+from rasterio.warp import transform
 from tqdm.auto import tqdm
 from .masks import IGNORE, read_class_map
 from .raster import DataError, Pixels, RasterInfo, raster_info, read_pixels
@@ -107,12 +107,13 @@ def _crossing(samples: pd.DataFrame) -> list[dict]:
     return [_fault("scene", str(scene), f"scene {scene} is in {' and '.join(splits)}: the score would measure memory; "
                    "split again with split_by_scene") for scene, splits in groups.items() if len(splits) > 1]
 
-def footprint(info: RasterInfo) -> tuple | None:
-    "Bounds of a raster in degrees (left, bottom, right, top); None in pixel space."
+def footprint(info: RasterInfo) -> shapely.Polygon | None:
+    "Four corners in degrees (lon, lat); None in pixel space. Neighbours share corners, so they do not overlap."
     if info.crs is None: return None
     (rows, cols), t = info.shape, info.transform
-    x, y = zip(*((t.a * c + t.b * r + t.c, t.d * c + t.e * r + t.f) for c in (0, cols) for r in (0, rows)))
-    return transform_bounds(info.crs, "EPSG:4326", min(x), min(y), max(x), max(y))
+    x, y = zip(*((t.a * c + t.b * r + t.c, t.d * c + t.e * r + t.f)
+                 for c, r in ((0, 0), (cols, 0), (cols, rows), (0, rows))))
+    return shapely.Polygon(np.transpose(transform(info.crs, "EPSG:4326", x, y)))
 
 def _header(path: str) -> RasterInfo | None:
     "The header, or None: a file that cannot be opened is found by the scan."
@@ -122,16 +123,15 @@ def _header(path: str) -> RasterInfo | None:
 def _overlaps(rows: list[dict]) -> list[dict]:
     "Images of different splits or scenes that show the same ground (more than 0.1 % of the smaller one)."
     headers = [(row, _header(row["image"])) for row in rows]
-    boxes = [(row, box) for row, info in headers if info is not None and (box := footprint(info))]
-    if not boxes: return []
-    shapes = shapely.box(*np.array([box for _, box in boxes]).T)
+    placed = [(row, shape) for row, info in headers if info is not None and (shape := footprint(info))]
+    shapes = np.array([shape for _, shape in placed], dtype=object)
     one, two = shapely.STRtree(shapes).query(shapes, predicate="intersects")
     one, two = one[one < two], two[one < two]
     area = np.minimum(shapely.area(shapes[one]), shapely.area(shapes[two]))
     shared = shapely.area(shapely.intersection(shapes[one], shapes[two])) / area
     out = []
     for i, j, part in zip(one, two, shared):
-        a, b = boxes[i][0], boxes[j][0]
+        a, b = placed[i][0], placed[j][0]
         if part < 1e-3 or a["scene"] == b["scene"]: continue
         both, crossing = f"{_name(a)} and {_name(b)} share {part:.1%} of their ground", a["split"] != b["split"]
         if crossing: out.append(_fault("overlap", _name(a), f"{both} but are {a['split'] or 'unsplit'} and "
@@ -226,7 +226,7 @@ def _across(rows: list[dict], stats: pd.DataFrame, known: pd.DataFrame) -> list[
     out, names = [], [_name(row) for row in rows]
     told = set(known.loc[known["kind"] == "duplicate", "sample"])
     seen = {}
-    for name, pixels, bands in zip(names, stats["pixels"], stats["bands"]):
+    for name, pixels in zip(names, stats["pixels"]):
         if not isinstance(pixels, str): continue
         if pixels in seen and name not in told:
             out.append(_fault("duplicate", name, f"the same pixels as {seen[pixels]}; drop one row"))

@@ -78,7 +78,7 @@ def ensure_split(
     seed: int = 0,
 ) -> pd.DataFrame: # a copy with every row in a split; raises DataError for a half-filled column
     "Keep the split that is there; draw one by scene where there is none."
-    split = samples["split"].fillna("").astype(str)
+    split = samples["split"].map(lambda s: s if isinstance(s, str) else "")
     if (split == "").all(): return split_by_scene(samples, fractions, seed)
     if not split.isin(SPLITS).all():
         bad = split[~split.isin(SPLITS)]
@@ -94,5 +94,5 @@ def split_hash(
     files = [PurePosixPath(str(p).replace("\\", "/")) for p in samples["image"]]
     shared = len(os.path.commonprefix([p.parts[:-1] for p in files]))
     names = ["/".join(p.parts[shared:]) for p in files]
-    rows = sorted(f"{n}\t{s}\t{c}" for n, s, c in zip(names, samples["split"].fillna(""), samples["scene"]))
+    rows = sorted(f"{n}\t{s}\t{c}" for n, s, c in zip(names, samples["split"], samples["scene"]))
     return sha256("\n".join(rows).encode()).hexdigest()[:16]
