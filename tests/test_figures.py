@@ -216,7 +216,7 @@ def test_saved_figures_keep_their_limit(tmp_path):
         path = save_figure(fig, tmp_path / f"{limit}.png", max_kb=limit)
         assert 0 < path.stat().st_size <= limit * 1000 and Image.open(path).size[0] > 150
     with pytest.raises(ValueError, match="show fewer or smaller panels"):
-        save_figure(fig, tmp_path / "no.png", max_kb=1)
+        save_figure(fig, tmp_path / "no.png", max_kb=1, dpi=50)
     assert not (tmp_path / "no.png").exists()
     for i, colour in enumerate((TRUE_POSITIVE, FALSE_POSITIVE, MISS)): fig.text(.3 * i, .5, "mmm", color=colour, fontsize=30)
     shown = np.array(Image.open(save_figure(fig, tmp_path / "palette.png", max_kb=50)).convert("RGB")).reshape(-1, 3)

@@ -91,6 +91,14 @@ def test_finite_on_crops_of_one_kind_at_any_confidence(name, label, dtype):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_autocast_changes_nothing(name):
+    logits, target = draw(12, h=32, w=32, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = build_loss(name)(logits, target)
+    assert inside.dtype == torch.float32 and torch.allclose(inside, build_loss(name)(logits, target))
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_half_precision_agrees_with_full(name):
     logits, target = draw(4, b=3, h=64, w=64, dtype=torch.float32)
     half = logits.half()

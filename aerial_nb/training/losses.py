@@ -93,10 +93,13 @@ def cross_entropy(
     logits, target = _checked(logits, target)
     if weights is not None and len(weights) != logits.shape[1]:
         raise ValueError(f"{len(weights)} class weights for {logits.shape[1]} classes: give one per class")
-    weight = None if weights is None else logits.new_tensor(weights)
-    total = F.cross_entropy(logits, target.long(), weight, ignore_index=IGNORE, reduction="sum")
-    share = torch.stack([(target == k).sum() for k in range(logits.shape[1])])
-    seen = share.sum() if weight is None else (share * weight).sum()
+    weights = tuple(weights or (1.,) * logits.shape[1])
+    shares = [(target == k).to(logits.dtype) for k in range(len(weights))]
+    each = sum(w * s for w, s in zip(weights, shares, strict=True))   # a pixel's weight; 0 where ignored
+    if len(weights) == 2:   # the same number as below, several times faster on a CPU
+        total = F.binary_cross_entropy_with_logits(road_logit(logits), shares[1], each, reduction="sum")
+    else: total = (F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="none") * each).sum()
+    seen = each.sum()
     return total / torch.where(seen > 0, seen, 1)
 
 # %% ../../nbs/training/losses.ipynb #bed5334d
