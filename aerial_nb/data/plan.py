@@ -264,12 +264,17 @@ class Plan:
 
 def _dense(way: Way, step_m: float = 9.) -> Way:
     "The way with pieces of at most step_m."
+    moved = np.concatenate([[True], (way.points[1:] != way.points[:-1]).any(1)])
+    way.points = way.points[moved]
     step = way.points[1:] - way.points[:-1]
     n = np.maximum(np.ceil(np.sqrt(step[:, 0] * step[:, 0] + step[:, 1] * step[:, 1]) / step_m), 1).astype(np.int64)
+    if way.lift_m is not None: n += (n % 2 == 0) & (way.lift_m > 0)    # no vertex above what a bridge crosses
     piece = np.repeat(np.arange(len(n)), n)
     part = (np.arange(len(piece)) - np.repeat(np.cumsum(n) - n, n)) / n[piece]
     way.points = np.concatenate([way.points[piece] + step[piece] * part[:, None], way.points[-1:]])
-    way.lift_m = np.zeros(len(piece)) if way.lift_m is None else way.lift_m[piece]
+    middle = part + .5 / n[piece]      # a bridge rises from its ends
+    rise = np.minimum(3.5 * np.minimum(middle, 1 - middle), 1)
+    way.lift_m = np.zeros(len(piece)) if way.lift_m is None else way.lift_m[piece] * rise
     return way
 
 def paved(ways: list[Way], ground: Land, rings: list) -> list[Way]:

@@ -102,7 +102,7 @@ def _road_lines(plan: Plan, low_m, span_m: float, to_map, crs: str):
     import shapely
     rows, lines = [], []
     for way in plan.ways:
-        cut = np.flatnonzero(np.diff(way.lift_m)) + 1
+        cut = np.flatnonzero(np.diff(way.lift_m > 0)) + 1
         for a, b in zip([0, *cut], [*cut, len(way.lift_m)]):
             rows.append({"class": way.kind, "width_m": way.width_m, "bridge": bool(way.lift_m[a] > 0)})
             lines.append(way.points[a:b + 1] - np.array(low_m))

@@ -65,7 +65,7 @@ class Noise:
     def _cell(self, at_m, n):
         at = (at_m - self.low_m) / self.scale_m
         cell = np.clip(np.floor(at), 0, n - 2)
-        return cell.astype(np.int64), fade(at - cell)
+        return cell.astype(np.int64), fade(np.clip(at - cell, 0, 1))    # level beyond the lattice
 
     def at(self, x_m: np.ndarray, y_m: np.ndarray) -> np.ndarray:
         "The noise at points."
@@ -161,7 +161,7 @@ def segment_window(
     r0, r1 = max(int(min(y0, y1) - reach), 0), min(int(max(y0, y1) + reach) + 1, shape[0])
     if c0 >= c1 or r0 >= r1: return None
     dx, dy = x1 - x0, y1 - y0
-    size = float(np.sqrt(dx * dx + dy * dy)) or 1.
-    ux, uy = dx / size, dy / size
+    size = float(np.sqrt(dx * dx + dy * dy))
+    ux, uy = (dx / size, dy / size) if size else (1., 0.)
     x, y = np.arange(c0, c1) + (.5 - x0), (np.arange(r0, r1) + (.5 - y0))[:, None]
     return slice(r0, r1), slice(c0, c1), x * -uy + y * ux, x * ux + y * uy
