@@ -95,6 +95,14 @@ def test_a_copied_cache_is_checked_once(source, tmp_path):
     assert json.loads((folder / "k.json").read_text())["image"]["mtime_ns"] == 7 * 10**9
 
 
+def test_a_cut_file_with_its_old_time_is_noticed(source, tmp_path):
+    record = cache.build_tile(tmp_path, "k", source)
+    file = cache.layer_files(tmp_path, "k")["label"]
+    file.write_bytes(file.read_bytes()[:-3])
+    os.utime(file, ns=(record["label"]["mtime_ns"],) * 2)
+    assert cache.load_record(tmp_path, "k") is None
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"image": 3}', "\x00\x01", "null", '{"image": {}, "label": {}}'])
 def test_a_record_that_is_none(source, tmp_path, content):
     cache.build_tile(tmp_path, "k", source)

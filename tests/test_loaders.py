@@ -254,6 +254,15 @@ def test_every_epoch_has_its_plan_and_a_resumed_training_goes_on(store, stats):
     np.testing.assert_array_equal(fit(store, stats, 2, first=2).plans, expected[2:])
 
 
+def test_skipped_epochs_are_not_drawn(store, stats):
+    asked = []
+    ds = CropDataset(store, lambda epoch: asked.append(epoch) or draw_crops(store, 8, 32, 4, epoch), 32)
+    learn = Learner(loaders(ds, ds, 4, stats), torch.nn.Conv2d(3, 2, 1), loss_func=lambda out, y: out.mean(), cbs=EpochCrops())
+    with learn.removed_cbs(learn.cbs.filter(lambda cb: isinstance(cb, ProgressCallback))), learn.no_logging():
+        learn.fit(5, start_epoch=3)
+    assert asked == [0, 3, 4]  # the first when the data set is made
+
+
 # ---- pictures
 
 def test_pictures_of_bytes_come_back(store, stats):
