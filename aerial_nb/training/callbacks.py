@@ -12,6 +12,7 @@ __all__ = ['logger', 'PRECISIONS', 'WarmBatchNorm', 'Precision', 'NotFinite', 'S
 import logging
 import time
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -155,9 +156,10 @@ def _host(tensors: dict) -> dict:
     return {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}
 
 def _builtin(value):
-    "Lists and dicts of other libraries as Python's own, which load without unpickling code."
+    "Containers and numbers of other libraries as Python's own, which load without unpickling code."
     if isinstance(value, dict): return {k: _builtin(v) for k, v in value.items()}
-    return [_builtin(v) for v in value] if isinstance(value, (list, tuple, L)) else value
+    if isinstance(value, (list, tuple, L)): return [_builtin(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 class Checkpoint(Callback):
     "Keeps the best weights by validation IoU, and what a resumed training needs, in checkpoint.pt."
@@ -213,4 +215,6 @@ class Progress(Callback):
     def after_epoch(self):
         row = self.learn.history.row
         iou = f", IoU {row['valid_iou']:.3f}" if row.get("valid_iou") is not None else ""
-        if "train_loss" in row: self.bar.comment = f"{self.label}, epoch {row['epoch']}: loss {row['train_loss']:.3f}{iou}"
+        if "train_loss" not in row: return
+        self.bar.comment = f"{self.label}, epoch {row['epoch']}: loss {row['train_loss']:.3f}{iou}"
+        self.bar.update_bar(row["epoch"] * len(self.dls.train))
