@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,25 @@ def test_a_resumed_run_keeps_its_parameters(small, tmp_path):
     assert again.id == run.id and params["epochs"] == 7 and Path(params["resume"]).is_absolute()
     other = notebook(tmp_path / "train_other.ipynb", DEFAULTS)
     with pytest.raises(ParameterError, match="is no run of train_other"): plan_run(other, dict(resume=run.id), tmp_path / "runs")
+
+
+def test_a_full_disk_ends_with_a_sentence_and_the_last_good_file(tmp_path):
+    disk, source = tmp_path / "disk", tmp_path / "train_full.ipynb"
+    disk.mkdir()
+    prefix = ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o size=1m tmpfs '{disk}' && exec \"$@\"", "sh"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    notebook(source, DEFAULTS, "from aerial_nb.training.runs import RunFolder\nrun = RunFolder.current('train_full', {})\n"
+             "for size in (4, 2_000_000):\n    with run.writing('checkpoint') as part: part.write_bytes(bytes(size))")
+    code = ("import sys; from pathlib import Path; from aerial_nb.training.launch import aerial_run\n"
+            "code = aerial_run(sys.argv[1:]); (file,) = Path(sys.argv[-1]).glob('*/*/checkpoint'); print(code, file.stat().st_size)\n"
+            "filler = open(sys.argv[-1] + '/filler', 'wb', 0)\n"
+            "try:\n    while True: filler.write(bytes(4096))\n"
+            "except OSError: pass\n"
+            "print(aerial_run(sys.argv[1:]), len(list(Path(sys.argv[-1]).glob('*/*'))))")
+    found = subprocess.run([*prefix, sys.executable, "-c", code, str(source), "--runs", str(disk)], capture_output=True, text=True)
+    assert found.stdout.splitlines() == ["1 4", "2 1"], found.stdout + found.stderr
+    assert len(re.findall("DiskFull: .*no space left in|aerial_run: .*no space left in", found.stderr)) == 2
 
 
 def test_watching_says_what_is_new_and_how_long_it_takes(tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import time
 import traceback
 from contextlib import contextmanager
@@ -150,9 +151,11 @@ def create(cls: RunFolder,
         if id is None: return cls.create(experiment, params, runs)
         raise FileExistsError(f"run {experiment}/{id} exists: choose another id, or resume it") from None
     run = cls(path)
-    run.write_json("params.json", params)
-    run.write_json("env.json", environment(params.get("device", "")))
-    return run.acquire()
+    try:
+        run.write_json("params.json", params)
+        run.write_json("env.json", environment(params.get("device", "")))
+        return run.acquire()
+    except BaseException: shutil.rmtree(path, ignore_errors=True); raise  # a run that never began leaves nothing
 
 # %% ../../nbs/training/runs.ipynb #c7e4c27c
 @patch
