@@ -28,6 +28,17 @@ def test_the_list_is_what_is_in_nbs():
     assert sorted(listed) == there, "correct the chapter list of _quarto.yml"
 
 
+def test_no_chapter_needs_a_later_one():
+    modules = [page[len("book/"):-len(".ipynb")].replace("/", ".") for page in book_pages(ROOT) if page.endswith(".ipynb")]
+    for place, module in enumerate(modules):
+        file = ROOT / "aerial_nb" / (module.replace(".", "/") + ".py")
+        if not file.is_file(): continue                       # an experiment
+        for dots, name, names in re.findall(r"^\s*from (\.+)([\w.]*) import (.+)", file.read_text(encoding="utf-8"), re.M):
+            for last in [name] if name else names.split(", "):
+                needed = ".".join([*module.split(".")[:-len(dots)], last])
+                assert needed in modules[:place], f"{module} needs {needed}, which comes later in _quarto.yml"
+
+
 def test_only_keys_that_are_known_to_work():
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     assert config.keys() == {"project", "book", "format"}     # an unknown key stops a render
