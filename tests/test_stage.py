@@ -123,6 +123,7 @@ def test_outputs_read_offline():
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "bar"}
     assert offline(new.new_output("display_data", data=widget)).data == {"text/plain": "bar"}
     assert offline(new.new_output("stream", name="stdout", text=" \n")) is None
+    assert offline(new.new_output("stream", name="stderr", text="/home/ann/x/auto.py:21: Warning")).text == "auto.py:21: Warning"
     assert offline(new.new_output("stream", name="stderr", text="1%\r50%\r100%\ndone\r\n")).text == "100%\ndone\n"
 
 

@@ -23,6 +23,7 @@ from fastcore.nbio import read_nb
 from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, filter_stream_, hide_line, strip_ansi
 from ..settings import settings
+from ..training.publish import without_paths
 from ..training.records import write_text
 from ..training.runs import RunFolder, flat
 
@@ -79,7 +80,7 @@ def offline(output) -> nbformat.NotebookNode | None: # None where nothing is lef
     "An output without scripts and widgets."
     if output.output_type == "stream":
         text = "\n".join(line.rpartition("\r")[2] for line in _joined(output.text).replace("\r\n", "\n").split("\n"))
-        return nbformat.v4.new_output("stream", name=output.name, text=text) if text.strip() else None
+        return nbformat.v4.new_output("stream", name=output.name, text=without_paths(text)) if text.strip() else None
     if output.output_type == "error":
         return nbformat.v4.new_output("stream", name="stderr", text=f"{output.ename}: {output.evalue}\n")
     data = {k: _joined(v) for k, v in output.data.items() if k in KEPT}
