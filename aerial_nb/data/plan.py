@@ -65,7 +65,8 @@ class District:
             if not dead or kind == "track": continue
             dx, dy = last - before
             step = (last - before) * (1.5 / np.sqrt(dx * dx + dy * dy))
-            self.ways.append(Way(np.stack([last, last + step]), "turning", WIDTHS_M["turning"], self.fabric))
+            self.ways.append(Way(np.stack([last, last + step]), "turning", WIDTHS_M["turning"],
+                                 self.fabric))
 
 # %% ../../nbs/data/plan.ipynb #6b7400cd
 def main_lines(
@@ -75,7 +76,8 @@ def main_lines(
 ) -> tuple[list[Line], list[Line]]: # lines along y sorted by x, lines along x sorted by y
     "The main roads of a plan, and its river if it has one."
     small = "secondary" if kind in ("grid", "rural") else "primary"
-    upright = [Line(-dice.between(75, 110), 1, "primary", trunk=True), Line(dice.between(100, 140), 1, small)]
+    upright = [Line(-dice.between(75, 110), 1, "primary", trunk=True),
+               Line(dice.between(100, 140), 1, small)]
     level = [Line(dice.between(-35, 35), 0, "secondary")]
     if dice.chance(.6):
         side = 1 if dice.chance(.5) else -1
@@ -88,7 +90,8 @@ def main_lines(
     return sorted(upright, key=lambda line: line.at), sorted(level, key=lambda line: line.at)
 
 # %% ../../nbs/data/plan.ipynb #d2508b0b
-def districts(dice: Dice, kind: str, upright: list[Line], level: list[Line], reach_m: float) -> list[District]:
+def districts(dice: Dice, kind: str, upright: list[Line], level: list[Line],
+              reach_m: float) -> list[District]:
     "The blocks between the lines row by row, the nearest to the centre dealt first."
     xs = [-reach_m, *(line.at for line in upright), reach_m]
     ys = [-reach_m, *(line.at for line in level), reach_m]
@@ -141,15 +144,16 @@ def grid_streets(dice: Dice, block: District, step=((62, 80), (95, 130))) -> Non
 def _swing(a, b, n: int = 9) -> list:
     "A smooth S from a to b: along u first, across v in the middle; points as (u, v)."
     s = np.arange(n) / (n - 1)
-    return [(a[0] + (b[0] - a[0]) * t, a[1] + (b[1] - a[1]) * f) for t, f in zip(s.tolist(), fade(s).tolist())]
+    steps = zip(s.tolist(), fade(s).tolist())
+    return [(a[0] + (b[0] - a[0]) * t, a[1] + (b[1] - a[1]) * f) for t, f in steps]
 
 def _rounded(points: list, r: float = 16.) -> list:
     "A polyline of right angles with its corners rounded."
     out = [points[0]]
     for (ax, ay), (bx, by), (cx, cy) in zip(points, points[1:], points[2:]):
         la, lc = (max(abs(px - bx) + abs(py - by), 1.) for px, py in ((ax, ay), (cx, cy)))
-        a, c = ((bx + (px - bx) * min(r / l, .5), by + (py - by) * min(r / l, .5))
-                for px, py, l in ((ax, ay, la), (cx, cy, lc)))
+        a, c = ((bx + (px - bx) * min(r / size, .5), by + (py - by) * min(r / size, .5))
+                for px, py, size in ((ax, ay, la), (cx, cy, lc)))
         for t in (0., .25, .5, .75, 1.):    # a quadratic Bezier from a over b to c
             k = ((1 - t) * (1 - t), 2 * t * (1 - t), t * t)
             out.append((k[0] * a[0] + k[1] * bx + k[2] * c[0], k[0] * a[1] + k[1] * by + k[2] * c[1]))
@@ -158,12 +162,15 @@ def _rounded(points: list, r: float = 16.) -> list:
 def _frame(dice: Dice, block: District):
     "The direction of the collector: (u range, v range, four sides, plan point of u, v)."
     s, (x0, y0, x1, y1) = block.sides, block.box
-    down = bool(s["north"]) + bool(s["south"]) + .5 * dice.random() > bool(s["west"]) + bool(s["east"]) + .25
-    if down: return (y0, y1), (x0, x1), [s[k] for k in ("north", "south", "west", "east")], lambda u, v: (v, u)
-    return (x0, x1), (y0, y1), [s[k] for k in ("west", "east", "north", "south")], lambda u, v: (u, v)
+    ends = [sum(bool(s[k]) for k in pair) for pair in (("north", "south"), ("west", "east"))]
+    down = ends[0] + .5 * dice.random() > ends[1] + .25
+    names = ("north", "south", "west", "east") if down else ("west", "east", "north", "south")
+    if down: return (y0, y1), (x0, x1), [s[k] for k in names], lambda u, v: (v, u)
+    return (x0, x1), (y0, y1), [s[k] for k in names], lambda u, v: (u, v)
 
 # %% ../../nbs/data/plan.ipynb #277ce9e8
-def _branch(dice: Dice, block: District, frame: tuple, root: tuple, following: tuple | None, side: int) -> bool:
+def _branch(dice: Dice, block: District, frame: tuple, root: tuple, following: tuple | None,
+            side: int) -> bool:
     "One side street; a crescent also takes the following root, and then returns True."
     _, (v0, v1), (_, _, low, high), point = frame
     (u, v), edge, line = root, v1 if side > 0 else v0, high if side > 0 else low
@@ -174,7 +181,7 @@ def _branch(dice: Dice, block: District, frame: tuple, root: tuple, following: t
         u2, v2 = following
         block.add([point(*p) for p in _rounded([(u, v), (u, far), (u2, far), (u2, v2)])]); return True
     if line is not None and dice.chance(.5):
-        block.add([point(*p) for p in [(u, v), *((a, b) for b, a in _swing((v, u), (edge, line.join(u))))][1:]])
+        block.add([point(a, b) for b, a in _swing((v, u), (edge, line.join(u)))])
     elif dice.chance(.9):
         end = u + dice.between(-14, 14)
         block.add([point(a, b) for b, a in _swing((v, u), (far, end))], head=True)
@@ -203,7 +210,8 @@ def bend_streets(dice: Dice, block: District, step=(52, 74)) -> None:
 def lane_streets(dice: Dice, block: District) -> None:
     "One lane or track into the block; through it where both sides have roads."
     (u0, u1), (v0, v1), (first, last, _, _), point = _frame(dice, block)
-    kind = {"works": "residential", "wood": "residential" if dice.chance(.5) else "track"}.get(block.fabric, "track")
+    paved = {"works": 1., "wood": .5}.get(block.fabric, 0.)
+    kind = "residential" if dice.random() < paved else "track"
     if first is None and last is None: return
     if first is None: u0, u1, first, last = u1, u0, last, None
     va = first.join(v0 + (v1 - v0) * dice.between(.3, .7))
@@ -211,16 +219,20 @@ def lane_streets(dice: Dice, block: District) -> None:
         vb = last.join(v0 + (v1 - v0) * dice.between(.3, .7))
         block.add([point(*p) for p in _swing((u0, va), (u1, vb), 17)], kind)
     else:
-        block.add([point(*p) for p in _swing((u0, va), (u0 + (u1 - u0) * dice.between(.6, .8), va), 9)], kind, head=True)
+        end = u0 + (u1 - u0) * dice.between(.6, .8)
+        block.add([point(*p) for p in _swing((u0, va), (end, va), 9)], kind, head=True)
     if block.fabric == "farm" and dice.chance(.7):
         um, vm = point(*block.ways[0].points[8 if last is not None else 4].tolist())
         end, turn_u = v0 + (v1 - v0) * (.12 if vm - v0 > v1 - vm else .88), um + (u1 - um) * .2
         corner = (vm + end) / 2
-        block.add([point(*p) for p in _rounded([(um, vm), (um, corner), (turn_u, corner), (turn_u, end)], 12)], kind)
+        branch = [(um, vm), (um, corner), (turn_u, corner), (turn_u, end)]
+        block.add([point(*p) for p in _rounded(branch, 12)], kind)
 
 # %% ../../nbs/data/plan.ipynb #b4795db6
-STREETS = dict(grid=grid_streets, town=lambda d, b: grid_streets(d, b, ((52, 66), (70, 100))), curved=bend_streets,
-               hamlet=bend_streets, farm=lane_streets, wood=lane_streets, works=lane_streets, park=lambda d, b: None)
+STREETS = dict(grid=grid_streets, town=lambda d, b: grid_streets(d, b, ((52, 66), (70, 100))),
+               curved=bend_streets,
+               hamlet=bend_streets, farm=lane_streets, wood=lane_streets, works=lane_streets,
+               park=lambda d, b: None)
 
 # %% ../../nbs/data/plan.ipynb #21ad0f04
 RING_M = 16.      # radius of a roundabout's centreline
@@ -230,13 +242,16 @@ RIVER_M = 11.     # half width of a river
 def ring(x: float, y: float) -> np.ndarray: # (17, 2), closed
     "A circle of sixteen points; the four on the axes are exact."
     quarter = [((1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)) for t in (0., .19891, .41421, .66818)]
-    turns = [(lambda c, s: (c, s)), (lambda c, s: (-s, c)), (lambda c, s: (-c, -s)), (lambda c, s: (s, -c))]
-    points = [(x + RING_M * c, y + RING_M * s) for c, s in (turn(*q) for turn in turns for q in quarter)]
+    turns = [(lambda c, s: (c, s)), (lambda c, s: (-s, c)), (lambda c, s: (-c, -s)),
+             (lambda c, s: (s, -c))]
+    circle = [turn(*q) for turn in turns for q in quarter]
+    points = [(x + RING_M * c, y + RING_M * s) for c, s in circle]
     return np.array([*points, points[0]])
 
 def line_ways(line: Line, others: list[Line], rings: set, reach_m: float) -> list[Way]:
     "A main road cut at roundabouts, with vertices where others join and lift where it is a bridge."
-    over = [(o.at, 2.5 if not o.kind else 6.) for o in others if not o.kind or (o.trunk and not line.trunk)]
+    over = [(o.at, 2.5 if not o.kind else 6.) for o in others if not o.kind
+            or (o.trunk and not line.trunk)]
     meets = [] if line.trunk else [o.at for o in others if o.kind and not o.trunk]
     rounds = sorted(t for t in meets if ((line.at, t) if line.axis else (t, line.at)) in rings)
     stops = [-reach_m, *(e for t in rounds for e in (t - RING_M, t + RING_M)), reach_m]
@@ -244,7 +259,8 @@ def line_ways(line: Line, others: list[Line], rings: set, reach_m: float) -> lis
     for a, b in zip(stops[::2], stops[1::2]):
         keys = [*line.joins, *meets, *(t + e for t, _ in over for e in (-BRIDGE_M, BRIDGE_M))]
         ts = np.array(sorted({a, b, *(t for t in keys if a < t < b)}))
-        points = np.stack([np.full(len(ts), line.at), ts] if line.axis else [ts, np.full(len(ts), line.at)], 1)
+        still = np.full(len(ts), line.at)
+        points = np.stack([still, ts] if line.axis else [ts, still], 1)
         lift = np.zeros(len(ts) - 1)
         for t, height in over: lift[abs((ts[1:] + ts[:-1]) / 2 - t) < BRIDGE_M] = height
         ways.append(Way(points, line.kind, WIDTHS_M[line.kind], lift_m=lift))
@@ -267,8 +283,9 @@ def _dense(way: Way, step_m: float = 9.) -> Way:
     moved = np.concatenate([[True], (way.points[1:] != way.points[:-1]).any(1)])
     way.points = way.points[moved]
     step = way.points[1:] - way.points[:-1]
-    n = np.maximum(np.ceil(np.sqrt(step[:, 0] * step[:, 0] + step[:, 1] * step[:, 1]) / step_m), 1).astype(np.int64)
-    if way.lift_m is not None: n += (n % 2 == 0) & (way.lift_m > 0)    # no vertex above what a bridge crosses
+    n = np.maximum(np.ceil(np.sqrt(step[:, 0] * step[:, 0] + step[:, 1] * step[:, 1]) / step_m),
+                   1).astype(np.int64)
+    if way.lift_m is not None: n += (n % 2 == 0) & (way.lift_m > 0)   # no vertex where a bridge crosses
     piece = np.repeat(np.arange(len(n)), n)
     part = (np.arange(len(piece)) - np.repeat(np.cumsum(n) - n, n)) / n[piece]
     way.points = np.concatenate([way.points[piece] + step[piece] * part[:, None], way.points[-1:]])
@@ -284,7 +301,8 @@ def paved(ways: list[Way], ground: Land, rings: list) -> list[Way]:
     px, py = np.concatenate([w.points for w in ways]).T
     x, y = ground.to_ground(px, py)
     for u, v in rings:
-        c, on = ground.to_ground(u, v), np.abs((px - u) * (px - u) + (py - v) * (py - v) - RING_M * RING_M) < 1e-3
+        c, far = ground.to_ground(u, v), (px - u) * (px - u) + (py - v) * (py - v)
+        on = np.abs(far - RING_M * RING_M) < 1e-3
         dx, dy = x[on] - c[0], y[on] - c[1]
         r = RING_M / np.sqrt(dx * dx + dy * dy)
         x[on], y[on] = c[0] + dx * r, c[1] + dy * r
@@ -309,5 +327,6 @@ def road_plan(
     rings = [m for m in meets if m == first or dice.chance(.15)]
     ways = [w for line in upright for w in line_ways(line, level, set(rings), reach)]
     ways += [w for line in level if line.kind for w in line_ways(line, upright, set(rings), reach)]
-    ways += [Way(ring(*m), "secondary", 7., "ring") for m in rings] + [w for b in blocks for w in b.ways]
+    ways += [Way(ring(*m), "secondary", 7., "ring") for m in rings]
+    ways += [w for b in blocks for w in b.ways]
     return Plan(ground, kind, upright, level, blocks, paved(ways, ground, rings), rings)

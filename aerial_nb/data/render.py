@@ -20,18 +20,20 @@ from .terrain import Dice
 
 # %% ../../nbs/data/render.ipynb #3daa4d9f
 def box_window(c: Canvas, box, grow_m: float = 0.):
-    "Pixels around a box: row slice, column slice, and metres along and across from its centre; None when outside."
+    "Pixels around a box: row slice, column slice, metres along and across it; None when outside."
     half = np.sqrt(box["a"] * box["a"] + (box["b"] + box["wing"]) * (box["b"] + box["wing"])) + grow_m
     x, y = c.px(np.array([box["x"], box["y"]])).tolist()
     r, n = half / c.gsd_m + 1, c.shape[0]
-    c0, c1, r0, r1 = max(int(x - r), 0), min(int(x + r) + 1, n), max(int(y - r), 0), min(int(y + r) + 1, n)
+    c0, c1 = max(int(x - r), 0), min(int(x + r) + 1, n)
+    r0, r1 = max(int(y - r), 0), min(int(y + r) + 1, n)
     if c0 >= c1 or r0 >= r1: return None
     dx = (np.arange(c0, c1) + .5 - x) * c.gsd_m
     dy = ((np.arange(r0, r1) + .5 - y) * c.gsd_m)[:, None]
     ux, uy = float(box["ux"]), float(box["uy"])
     return slice(r0, r1), slice(c0, c1), dx * ux + dy * uy, dy * ux - dx * uy
 
-LOTS = {PARKING: [(104, 103, 102), (122, 119, 115), (90, 90, 92), (132, 128, 121)], SOIL: [(140, 122, 100), (146, 132, 114)] * 2,
+LOTS = {PARKING: [(104, 103, 102), (122, 119, 115), (90, 90, 92), (132, 128, 121)],
+        SOIL: [(140, 122, 100), (146, 132, 114)] * 2,
         YARD: [(150, 144, 132), (138, 130, 116), (144, 139, 130), (128, 122, 112)],
         DRIVE: [(136, 132, 125), (158, 153, 144), (112, 110, 108), (146, 134, 118)]}
 LOTS[PATIO] = LOTS[DRIVE]
@@ -56,7 +58,8 @@ def paint_lots(c: Canvas, lots: np.ndarray) -> None:
             c.paint((rows, cols), (190, 188, 182), bay * alpha * min(.5 / c.gsd_m, 1) * .5)
 
 # %% ../../nbs/data/render.ipynb #c0e34383
-CARS = np.array([(196, 197, 198), (178, 180, 182), (60, 62, 66), (92, 94, 98), (146, 50, 44), (58, 76, 112), (214, 213, 208), (44, 46, 48)])
+CARS = np.array([(196, 197, 198), (178, 180, 182), (60, 62, 66), (92, 94, 98), (146, 50, 44),
+                 (58, 76, 112), (214, 213, 208), (44, 46, 48)])
 
 def paint_cars(c: Canvas, cars: np.ndarray) -> None:
     "Car bodies with a dark windscreen and rear window."
@@ -72,9 +75,11 @@ def paint_cars(c: Canvas, cars: np.ndarray) -> None:
         c.paint((rows, cols), colour, alpha)
         c.height_m[rows, cols][rim > 0] += 1.4
 
-ROOFS = np.array([(140, 94, 78), (124, 100, 90), (116, 106, 99), (104, 101, 99), (92, 90, 92), (146, 112, 94), (132, 123, 112), (116, 98, 88),
+ROOFS = np.array([(140, 94, 78), (124, 100, 90), (116, 106, 99), (104, 101, 99), (92, 90, 92),
+                  (146, 112, 94), (132, 123, 112), (116, 98, 88),
                   (112, 111, 110), (126, 122, 117)])
-FLATS = np.array([(148, 146, 142), (172, 170, 165), (112, 112, 112), (198, 196, 191), (130, 126, 120), (160, 150, 136)])
+FLATS = np.array([(148, 146, 142), (172, 170, 165), (112, 112, 112), (198, 196, 191), (130, 126, 120),
+                  (160, 150, 136)])
 
 # %% ../../nbs/data/render.ipynb #b0c32259
 def _slope(c: Canvas, across: bool, sign: int, box, pitch: float) -> float:
@@ -100,8 +105,8 @@ def _turned(roof):
     return rim, up, np.array([0, 3, 4, 1, 2])[slope]
 
 # %% ../../nbs/data/render.ipynb #fa90cb0d
-def paint_buildings(dice: Dice, c: Canvas, buildings: np.ndarray) -> np.ndarray: # bool (h, w): is building
-    "Roofs with their light, height and weathering."
+def paint_buildings(dice: Dice, c: Canvas, buildings: np.ndarray) -> np.ndarray:
+    "Roofs with their light, height and weathering. Returns bool (h, w): is building."
     out = np.zeros(c.shape, bool)
     warm = dice.between(.88, 1.05) * dice.between(.98, 1.02, 3)
     for box in buildings:
@@ -111,7 +116,8 @@ def paint_buildings(dice: Dice, c: Canvas, buildings: np.ndarray) -> np.ndarray:
         parts = [_roof(box, s, t, box["a"], box["b"], int(box["kind"]))]
         if box["wing"] > 0:
             b, w = box["b"], box["wing"]; half = min(float(b), float(box["a"]) / 2)
-            parts.append(_roof(box, s - (box["a"] - half), t - w / 2, half, b + w / 2, int(box["kind"])))
+            parts.append(_roof(box, s - (box["a"] - half), t - w / 2, half, b + w / 2,
+                               int(box["kind"])))
         _paint_roof(c, box, (rows, cols), parts, warm, out)
     return out
 
@@ -120,7 +126,8 @@ def _paint_roof(c: Canvas, box, at: tuple, parts: list, warm, out: np.ndarray) -
     palette = FLATS if box["kind"] == FLAT else ROOFS
     colour = palette[int(box["tint"] * len(palette))] * (warm if box["kind"] != FLAT else 1)
     pitch = float(box["rise"] / box["b"])
-    lights = np.array([1., *(_slope(c, across, sign, box, pitch) for across in (True, False) for sign in (1, -1))], np.float32)
+    faces = [(True, 1), (True, -1), (False, 1), (False, -1)]
+    lights = np.array([1., *(_slope(c, *face, box, pitch) for face in faces)], np.float32)
     rough = .05 * c.rough[5.][at] + .05 * c.rough[1.6][at]
     height, light, rim = (np.full(c.light[at].shape, v, np.float32) for v in (-1, 1, -99))
     for edge, up, slope in parts:
@@ -129,21 +136,23 @@ def _paint_roof(c: Canvas, box, at: tuple, parts: list, warm, out: np.ndarray) -
         height[won], light[won] = top[won], lights[slope][won]
         rim = np.maximum(rim, edge)
     inside, alpha = rim > 0, np.clip(rim / c.gsd_m + .5, 0, 1)
-    if box["kind"] == FLAT: rough = rough + .16 * np.clip((.6 - np.abs(rim - .4)) / .4, 0, 1)    # the parapet
+    parapet = .16 * np.clip((.6 - np.abs(rim - .4)) / .4, 0, 1)
+    if box["kind"] == FLAT: rough = rough + parapet
     c.paint(at, colour[:, None, None] * (1 + rough), alpha)
     np.copyto(c.light[at], light, where=inside)
     np.copyto(c.height_m[at], height, where=inside)
     out[at] |= inside
 
 # %% ../../nbs/data/render.ipynb #c399aab9
-LEAVES = np.array([(70, 86, 52), (62, 79, 48), (82, 94, 58), (54, 70, 48), (90, 96, 62), (76, 84, 50), (64, 78, 56), (98, 98, 66)], np.float32)
+LEAVES = np.array([(70, 86, 52), (62, 79, 48), (82, 94, 58), (54, 70, 48), (90, 96, 62), (76, 84, 50),
+                   (64, 78, 56), (98, 98, 66)], np.float32)
 
 def paint_trees(c: Canvas, trees: np.ndarray) -> np.ndarray: # bool (h, w): under a crown
     "Every crown, by size."
     n = c.shape[0]
     top, owner = np.zeros(n * n, np.float32), np.full(n * n, -1, np.int64)
     at = c.px(np.stack([trees["x"], trees["y"]], 1))
-    col, row, size = np.floor(at[:, 0]).astype(np.int64), np.floor(at[:, 1]).astype(np.int64), trees["r"] / c.gsd_m
+    (col, row), size = np.floor(at).astype(np.int64).T, trees["r"] / c.gsd_m
     bins = np.ceil(size).astype(np.int64)
     stamps = []
     for r in np.unique(bins):
@@ -151,7 +160,8 @@ def paint_trees(c: Canvas, trees: np.ndarray) -> np.ndarray: # bool (h, w): unde
         if not len(group): continue
         dy, dx = (v.ravel() for v in np.mgrid[-r:r + 1, -r:r + 1])
         y, x = row[group][:, None] + dy, col[group][:, None] + dx
-        u, v = ((x + .5 - at[group, :1]) / size[group][:, None], (y + .5 - at[group, 1:]) / size[group][:, None])
+        u, v = ((x + .5 - at[group, :1]) / size[group][:, None],
+                (y + .5 - at[group, 1:]) / size[group][:, None])
         far = u * u + v * v
         ok = (y >= 0) & (x >= 0) & (y < n) & (x < n)
         index = np.where(ok, y * n + x, 0)
@@ -195,9 +205,9 @@ def blurred(rgb: np.ndarray) -> np.ndarray:
     "A 1-2-1 blur in both directions, edges repeated."
     for axis in (1, 2):
         wide = np.concatenate([rgb.take([0], axis), rgb, rgb.take([-1], axis)], axis)
-        cut = lambda a, b: wide[:, a:b] if axis == 1 else wide[:, :, a:b]
-        n = rgb.shape[axis]
-        rgb = (cut(0, n) + cut(2, n + 2)) * np.float32(.22) + cut(1, n + 1) * np.float32(.56)
+        wide, n = np.moveaxis(wide, axis, 1), rgb.shape[axis]
+        mixed = (wide[:, :n] + wide[:, 2:]) * np.float32(.22) + wide[:, 1:-1] * np.float32(.56)
+        rgb = np.moveaxis(mixed, 1, axis)
     return rgb
 
 def expose(
@@ -207,13 +217,13 @@ def expose(
     "Light, shadow, haze, blur, noise: what the camera stores."
     dark = shadows(c)
     rgb = c.rgb * c.light
-    for k, depth in enumerate((.60, .57, .48)): rgb[k] *= 1 - np.float32(depth) * dark   # skylight is blue
+    for k, depth in enumerate((.60, .57, .48)): rgb[k] *= 1 - np.float32(depth) * dark  # blue skylight
     gain, tint = dice.between(1., 1.24), dice.between(.97, 1.03, 3)
     for k in range(3): rgb[k] = rgb[k] * np.float32(gain * tint[k]) + np.float32(8)
     rgb = blurred(rgb)
     n = c.shape[0]
     grain = dice.bytes(4, 2, n, n).astype(np.float32)
-    grain = (grain[:, 0] - grain[:, 1]) * np.float32(sigma / 104 / 1.414)    # difference of two bytes: sigma 104
+    grain = (grain[:, 0] - grain[:, 1]) * np.float32(sigma / 104 / 1.414)    # sigma of two bytes: 104
     rgb += grain[:3] + grain[3]
     return np.clip(rgb + np.float32(.5), 0, 250).astype(np.uint8)
 

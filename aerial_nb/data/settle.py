@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .plan import Plan
-from .site import (DRIVE, FLAT, GABLE, HIP, PARKING, PATIO, SOIL, YARD, Site, Zones, boxes, place,
+from .site import (DRIVE, FLAT, GABLE, HIP, PARKING, PATIO, SOIL, YARD, Site, Zones,
+                                 boxes, place,
                                  survey, zones)
 from .terrain import Dice, noise
 
@@ -24,7 +25,7 @@ PLOTS = dict(  # plot width, setback, half length, half depth, in metres (low, h
     hamlet=(29., (8, 18), (5.5, 9.), (4.2, 6.)), town=(15., (2., 4.5), (7., 24.), (4.5, 5.8)))
 
 def frontage(way, step_m: float, start_m: float):
-    "Points every step_m along a way with the direction there: x, y, ux, uy; from start_m to as far from the end."
+    "Points every step_m along a way and the direction there: x, y, ux, uy, piece; start_m off both ends."
     d = way.points[1:] - way.points[:-1]
     size = np.sqrt(d[:, 0] * d[:, 0] + d[:, 1] * d[:, 1])
     ends = np.cumsum(size)
@@ -42,14 +43,17 @@ def house_plots(dice: Dice, way) -> tuple[np.ndarray, np.ndarray]: # houses, the
     out, drives = [], []
     for side in (-1., 1.):
         a, b, back = (dice.between(*r, n) for r in (long, deep, setback))
-        if way.fabric == "town": a, back = a[np.argsort(-a, kind="stable")], back * 0 + back[:1]   # long runs first
+        if way.fabric == "town":    # long runs first, all at one building line
+            a, back = a[np.argsort(-a, kind="stable")], back * 0 + back[:1]
         turned = (dice.random(n) < .2) & (way.fabric != "town")
         far = way.width_m / 2 + back + np.where(turned, a, b)
         nx, ny = -uy * side, ux * side
         hx, hy = x + nx * far, y + ny * far
-        out.append(boxes(n, x=hx, y=hy, ux=np.where(turned, nx, side * ux), uy=np.where(turned, ny, side * uy), a=a, b=b))
+        out.append(boxes(n, x=hx, y=hy, ux=np.where(turned, nx, side * ux),
+                         uy=np.where(turned, ny, side * uy), a=a, b=b))
         slide, half = dice.between(-.6, .6, n) * np.where(turned, b, a), far / 2
-        drives.append(boxes(n, x=x + nx * half + ux * slide, y=y + ny * half + uy * slide, ux=nx, uy=ny, a=half, b=1.5,
+        drives.append(boxes(n, x=x + nx * half + ux * slide, y=y + ny * half + uy * slide, ux=nx,
+                            uy=ny, a=half, b=1.5,
                             kind=DRIVE, tint=dice.random(n)))
     return np.concatenate(out), np.concatenate(drives)
 
@@ -98,7 +102,8 @@ def houses(dice: Dice, plan: Plan, site: Site) -> tuple[np.ndarray, np.ndarray]:
 def _room(site: Site, box: np.ndarray) -> np.ndarray:
     "True where the wing's ground is free of roads, water and neighbours; takes it."
     off = box["b"] + box["wing"] / 2 + 1.6
-    wing = boxes(len(box), ux=box["ux"], uy=box["uy"], a=box["a"], b=box["wing"] / 2, tint=np.arange(len(box)),
+    wing = boxes(len(box), ux=box["ux"], uy=box["uy"], a=box["a"], b=box["wing"] / 2,
+                 tint=np.arange(len(box)),
                  x=box["x"] - off * box["uy"], y=box["y"] + off * box["ux"])
     return np.isin(np.arange(len(box)), place(site, wing, clear_m=2., margin_m=0)["tint"])
 
@@ -108,13 +113,15 @@ def sheds(dice: Dice, site: Site, homes: np.ndarray) -> np.ndarray:
     homes = homes[(dice.random(len(homes)) < .55) & (homes["a"] < 10)]
     n, off = len(homes), homes["b"] + homes["wing"] + dice.between(4, 10, len(homes))
     slide = dice.between(-1, 1, n) * homes["a"]
-    x, y = (homes["x"] + slide * homes["ux"] - off * homes["uy"], homes["y"] + slide * homes["uy"] + off * homes["ux"])
-    shed = boxes(n, x=x, y=y, ux=homes["ux"], uy=homes["uy"], a=dice.between(1., 2.2, n), b=dice.between(.8, 1.6, n),
+    x, y = (homes["x"] + slide * homes["ux"] - off * homes["uy"],
+            homes["y"] + slide * homes["uy"] + off * homes["ux"])
+    shed = boxes(n, x=x, y=y, ux=homes["ux"], uy=homes["uy"], a=dice.between(1., 2.2, n),
+                 b=dice.between(.8, 1.6, n),
                  eave=2.2, tint=dice.random(n))
     return place(site, shed, margin_m=.8)
 
 def scattered(dice: Dice, plan: Plan, fabrics, cell_m: float, low=0., high=1.):
-    "Jittered points over the districts of these fabrics: x, y, ux, uy on the ground along the plan's x."
+    "Jittered points over districts of these fabrics: x, y, ux, uy on the ground along the plan's x."
     points = [np.zeros((0, 2))]
     for b in plan.blocks:
         if b.fabric not in fabrics: continue
@@ -131,16 +138,20 @@ def scattered(dice: Dice, plan: Plan, fabrics, cell_m: float, low=0., high=1.):
 def halls(dice: Dice, plan: Plan, site: Site) -> tuple[np.ndarray, np.ndarray]: # halls, car parks
     "Large flat or shallow roofs with car parks in works, smaller ones and car parks in towns."
     out, lots = [], []
-    for fabrics, cell, long, deep in ((("works",), 58., (18, 27), (11, 17)), (("works",), 30., (8, 12), (6, 9)),
+    for fabrics, cell, long, deep in ((("works",), 58., (18, 27), (11, 17)),
+                                      (("works",), 30., (8, 12), (6, 9)),
                                       (("town", "grid"), 33., (7, 12), (5.5, 8.5))):
         x, y, ux, uy = scattered(dice, plan, fabrics, cell, .35, .65)
         n, across = len(x), dice.random(len(x)) < .5
-        box = boxes(n, x=x, y=y, ux=np.where(across, -uy, ux), uy=np.where(across, ux, uy), a=dice.between(*long, n),
+        box = boxes(n, x=x, y=y, ux=np.where(across, -uy, ux), uy=np.where(across, ux, uy),
+                    a=dice.between(*long, n),
                     b=dice.between(*deep, n), eave=dice.between(5, 9, n), tint=dice.random(n))
-        box["kind"] = np.where(dice.random(n) < .75, FLAT, GABLE); box["rise"] = np.where(box["kind"] == GABLE, 2., 0)
+        box["kind"] = np.where(dice.random(n) < .75, FLAT, GABLE)
+        box["rise"] = np.where(box["kind"] == GABLE, 2., 0)
         lot = dice.random(n) < .3
         lot_box = box[lot]; lot_box["kind"] = PARKING
-        out.append(place(site, box[~lot], 4., 2., fabrics)); lots.append(place(site, lot_box, 1., 1., fabrics))
+        out.append(place(site, box[~lot], 4., 2., fabrics))
+        lots.append(place(site, lot_box, 1., 1., fabrics))
     return np.concatenate(out), np.concatenate(lots)
 
 # %% ../../nbs/data/settle.ipynb #4d2d7699
@@ -151,12 +162,15 @@ def farms(dice: Dice, plan: Plan, site: Site) -> tuple[np.ndarray, np.ndarray]: 
         (x, y), (dx, dy) = way.points[-1], way.points[-1] - way.points[-2]
         size = np.sqrt(dx * dx + dy * dy); ux, uy = dx / size, dy / size
         s, t = dice.between(-6, 26, 7), dice.between(9, 27, 7) * np.where(dice.random(7) < .5, -1, 1)
-        barn = boxes(7, x=x + s * ux - t * uy, y=y + s * uy + t * ux, ux=ux, uy=uy, a=dice.between(6, 17, 7),
-                     b=dice.between(4, 7.5, 7), eave=dice.between(3.5, 6, 7), tint=dice.random(7), kind=GABLE)
+        barn = boxes(7, x=x + s * ux - t * uy, y=y + s * uy + t * ux, ux=ux, uy=uy,
+                     a=dice.between(6, 17, 7),
+                     b=dice.between(4, 7.5, 7), eave=dice.between(3.5, 6, 7), tint=dice.random(7),
+                     kind=GABLE)
         barn["rise"] = barn["b"] * .4
         stand = place(site, barn, 1., 2., ("farm",))
         if len(stand):
-            lots.append(boxes(1, x=x + 8 * ux, y=y + 8 * uy, ux=ux, uy=uy, a=18., b=15., kind=YARD, tint=dice.random()))
+            lots.append(boxes(1, x=x + 8 * ux, y=y + 8 * uy, ux=ux, uy=uy, a=18., b=15., kind=YARD,
+                              tint=dice.random()))
         out.append(stand)
     return np.concatenate([*out, boxes(0)]), np.concatenate(lots)
 
@@ -166,11 +180,14 @@ def patches(dice: Dice, plan: Plan, site: Site, homes: np.ndarray) -> np.ndarray
     homes = homes[(dice.random(len(homes)) < .6) & (homes["wing"] == 0)]
     n = len(homes)
     off, slide = homes["b"] + dice.between(1.2, 2.4, n), dice.between(-.5, .5, n) * homes["a"]
-    terrace = boxes(n, x=homes["x"] + slide * homes["ux"] - off * homes["uy"], kind=PATIO, tint=dice.random(n), uy=homes["uy"],
-                    y=homes["y"] + slide * homes["uy"] + off * homes["ux"], ux=homes["ux"], a=dice.between(2, 4.5, n), b=dice.between(1.5, 3, n))
+    terrace = boxes(n, x=homes["x"] + slide * homes["ux"] - off * homes["uy"], kind=PATIO,
+                    tint=dice.random(n), uy=homes["uy"],
+                    y=homes["y"] + slide * homes["uy"] + off * homes["ux"], ux=homes["ux"],
+                    a=dice.between(2, 4.5, n), b=dice.between(1.5, 3, n))
     x, y, ux, uy = scattered(dice, plan, ("grid", "curved", "town", "works", "hamlet"), 60.)
     n = len(x)
-    soil = boxes(n, x=x, y=y, ux=ux, uy=uy, a=dice.between(7, 16, n), b=dice.between(5, 11, n), kind=SOIL, tint=dice.random(n))
+    soil = boxes(n, x=x, y=y, ux=ux, uy=uy, a=dice.between(7, 16, n), b=dice.between(5, 11, n),
+                 kind=SOIL, tint=dice.random(n))
     return np.concatenate([place(site, soil[dice.random(n) < .4], 1.5, 0.), terrace])
 
 # %% ../../nbs/data/settle.ipynb #0a035b49
@@ -192,9 +209,13 @@ def _hedges(dice: Dice, plan: Plan) -> np.ndarray:
         x0, y0, x1, y1 = b.box
         nx, ny = parcels(b.box)
         for i in range(1, nx):
-            t = np.arange(y0 + 10, y1 - 10, 2.1); xs.append(x0 + (x1 - x0) * i / nx + 0 * t); ys.append(t)
+            t = np.arange(y0 + 10, y1 - 10, 2.1)
+            xs.append(x0 + (x1 - x0) * i / nx + 0 * t)
+            ys.append(t)
         for j in range(1, ny):
-            t = np.arange(x0 + 10, x1 - 10, 2.1); xs.append(t); ys.append(y0 + (y1 - y0) * j / ny + 0 * t)
+            t = np.arange(x0 + 10, x1 - 10, 2.1)
+            xs.append(t)
+            ys.append(y0 + (y1 - y0) * j / ny + 0 * t)
     x, y = np.concatenate(xs), np.concatenate(ys)
     x, y = plan.ground.to_ground(x + dice.between(-.6, .6, len(x)), y + dice.between(-.6, .6, len(y)))
     trees = _trees(dice, x, y, (1.1, 1.9))
@@ -212,11 +233,13 @@ def trees(dice: Dice, plan: Plan, site: Site) -> np.ndarray: # (n,) of TREE
     e, out = plan.ground.extent_m, []
     wild = noise(dice, 38., -1e3, e + 1e3)
     for fabrics, cell, r, density in ((("wood",), 5.2, (2.6, 5.2), 2.), (("park",), 9., (2., 4.5), .15),
-            (("curved", "grid", "hamlet"), 8.5, (1.2, 4.4), .15), (("farm", "works", "town"), 17., (1.2, 3.6), -.1)):
+            (("curved", "grid", "hamlet"), 8.5, (1.2, 4.4), .15),
+            (("farm", "works", "town"), 17., (1.2, 3.6), -.1)):
         x, y, _, _ = scattered(dice, plan, fabrics, cell)
         keep = wild.at(x, y) + dice.between(-.8, .8, len(x)) + density > .45
         out.append(_trees(dice, x[keep], y[keep], r))
-    for way in along(plan.ways, ("grid", "curved", "town", "hamlet", "main", "ring"), ("residential", "secondary", "primary")):
+    for way in along(plan.ways, ("grid", "curved", "town", "hamlet", "main", "ring"),
+                     ("residential", "secondary", "primary")):
         x, y, ux, uy, i = frontage(way, dice.between(10, 15), 8.)
         share = .15 + .6 * dice.random()
         for side in (-1., 1.):
@@ -225,23 +248,26 @@ def trees(dice: Dice, plan: Plan, site: Site) -> np.ndarray: # (n,) of TREE
             out.append(_trees(dice, (x - uy * off)[keep], (y + ux * off)[keep], (1.9, 4.6)))
     out = np.concatenate([*out, _hedges(dice, plan)])
     r, c = site.cell(out["x"], out["y"])
-    inside = (out["x"] > site.low_m) & (out["y"] > site.low_m) & (out["x"] < e + 24) & (out["y"] < e + 24)
+    inside = (np.minimum(out["x"], out["y"]) > site.low_m) & (np.maximum(out["x"], out["y"]) < e + 24)
     return out[inside & (site.clear_m[r, c] > .4) & ~site.wet[r, c] & ~site.taken[r, c]]
 
 # %% ../../nbs/data/settle.ipynb #cdc28a58
-def cars(dice: Dice, plan: Plan, lots: np.ndarray) -> np.ndarray: # (n,) of BOX, eave 6 on a bridge, else 0
+def cars(dice: Dice, plan: Plan, lots: np.ndarray) -> np.ndarray: # (n,) of BOX, eave > 0 on a bridge
     "Moving cars in lanes, parked ones at the kerb, in car parks and on driveways."
     out = [boxes(0)]
-    for way in along(plan.ways, ("main", "grid", "curved", "town", "works"), ("primary", "secondary", "residential")):
+    for way in along(plan.ways, ("main", "grid", "curved", "town", "works"),
+                     ("primary", "secondary", "residential")):
         busy = .3 if way.kind != "residential" else .12 if way.fabric != "town" else .35
         x, y, ux, uy, i = frontage(way, 9., 10.)
         for side in (-1., 1.):
             keep = dice.random(len(x)) < busy
             off = side * (way.width_m / 4 if way.kind != "residential" else way.width_m / 2 - 1.1)
-            out.append(boxes(len(x), x=x - uy * off, y=y + ux * off, ux=ux, uy=uy, eave=way.lift_m[i])[keep])
+            out.append(boxes(len(x), x=x - uy * off, y=y + ux * off, ux=ux, uy=uy,
+                             eave=way.lift_m[i])[keep])
     for lot in lots:
         if lot["kind"] == PARKING:
-            s, t = np.meshgrid(np.arange(-lot["a"] + 2, lot["a"] - 1, 2.6), np.arange(-lot["b"] + 3, lot["b"] - 2, 7.5))
+            s, t = np.meshgrid(np.arange(-lot["a"] + 2, lot["a"] - 1, 2.6),
+                               np.arange(-lot["b"] + 3, lot["b"] - 2, 7.5))
             s, t = s.ravel(), t.ravel()
         elif lot["kind"] == DRIVE and dice.chance(.5): s, t = np.zeros(1) + lot["a"] * .35, np.zeros(1)
         else: continue

@@ -34,10 +34,12 @@ class Zones:
         "Metres from the bank, positive in the water; `bank` is the shore noise at the same points."
         depth = np.full(px.shape, -99, px.dtype)
         for v in self.plan.level:
-            if not v.kind: depth = np.maximum(depth, RIVER_M - np.abs(py - px.dtype.type(v.at) - 7 * bank))
+            if not v.kind: depth = np.maximum(depth,
+                                              RIVER_M - np.abs(py - px.dtype.type(v.at) - 7 * bank))
         for x, y, a, b in self.lakes:
-            u, v = (px - px.dtype.type(x)) / px.dtype.type(a), (py - px.dtype.type(y)) / px.dtype.type(b)
-            depth = np.maximum(depth, (1 - u * u - v * v + bank * px.dtype.type(.5)) * px.dtype.type(min(a, b) / 2))
+            x, y, a, b = (px.dtype.type(v) for v in (x, y, a, b))
+            u, v = (px - x) / a, (py - y) / b
+            depth = np.maximum(depth, (1 - u * u - v * v + bank / 2) * (min(a, b) / 2))
         return depth
 
 def zones(seed: int, plan: Plan) -> Zones:
@@ -97,10 +99,12 @@ def survey(zone: Zones) -> Site:
     px, py = plan.ground.plan_grid(axis, axis)
     codes = np.array([FABRIC_NAMES.index(b.fabric) for b in plan.blocks], np.uint8)
     wet = zone.depth_m(px, py, zone.shore.grid(axis, axis)) > -4
-    return Site(low, cell, clearance(plan, n, low, cell), wet, codes[zone.block(px, py)], np.zeros((n, n), bool))
+    return Site(low, cell, clearance(plan, n, low, cell), wet, codes[zone.block(px, py)],
+                np.zeros((n, n), bool))
 
 # %% ../../nbs/data/site.ipynb #ced1bf1b
-BOX = np.dtype([(k, "f8") for k in ("x", "y", "ux", "uy", "a", "b", "eave", "rise", "wing")] + [("kind", "i8"), ("tint", "f8")])
+BOX = np.dtype([(k, "f8") for k in ("x", "y", "ux", "uy", "a", "b", "eave", "rise", "wing")]
+               + [("kind", "i8"), ("tint", "f8")])
 FLAT, GABLE, HIP = 0, 1, 2                         # kinds of roof
 PARKING, DRIVE, YARD, SOIL, PATIO = 0, 1, 2, 3, 4  # kinds of lot
 
@@ -120,14 +124,19 @@ def lattice(box: np.ndarray, margin_m: float = 0.) -> tuple[np.ndarray, np.ndarr
 
 def _cells(site: Site, box, margin_m: float): # row slice, column slice, bool (rows, cols)
     "Cells of the site under a footprint grown by a margin."
-    r = float(np.sqrt((box["a"] + margin_m) * (box["a"] + margin_m) + (box["b"] + margin_m) * (box["b"] + margin_m)))
-    (r0, r1), (c0, c1) = site.cell(np.array([box["x"] - r, box["x"] + r]), np.array([box["y"] - r, box["y"] + r]))
+    r = float(np.sqrt((box["a"] + margin_m) * (box["a"] + margin_m) + (box["b"] + margin_m)
+                      * (box["b"] + margin_m)))
+    (r0, r1), (c0, c1) = site.cell(np.array([box["x"] - r, box["x"] + r]),
+                                   np.array([box["y"] - r, box["y"] + r]))
     dx = site.low_m + site.cell_m * (np.arange(c0, c1 + 1) + .5) - box["x"]
     dy = (site.low_m + site.cell_m * (np.arange(r0, r1 + 1) + .5) - box["y"])[:, None]
     inside = (np.abs(dx * box["ux"] + dy * box["uy"]) <= box["a"] + margin_m)
-    return slice(r0, r1 + 1), slice(c0, c1 + 1), inside & (np.abs(dy * box["ux"] - dx * box["uy"]) <= box["b"] + margin_m)
+    return slice(r0, r1 + 1), slice(c0, c1
+                                    + 1), inside & (np.abs(dy * box["ux"] - dx * box["uy"]) <= box["b"]
+                                                    + margin_m)
 
-def place(site: Site, box: np.ndarray, clear_m: float = 2.5, margin_m: float = 1.5, on=None) -> np.ndarray:
+def place(site: Site, box: np.ndarray, clear_m: float = 2.5, margin_m: float = 1.5,
+          on=None) -> np.ndarray:
     "Those records that stand free, in order; `on` names the fabrics they may stand in."
     if not len(box): return box
     r, c = site.cell(*lattice(box, margin_m))

@@ -34,7 +34,7 @@ class Scene:
     roads: np.ndarray      # (h, w) uint8 class map: 0, 1, and 255 where blank
     buildings: np.ndarray  # (h, w) uint8 class map: 0, 1, and 255 where blank
     hidden: np.ndarray     # (h, w) bool, road under a crown: labelled, not seen
-    road_lines: object     # GeoDataFrame EPSG:4326: class, width_m, bridge; centrelines, 10 m beyond the picture
+    road_lines: object     # GeoDataFrame EPSG:4326: class, width_m, bridge; centrelines, to 10 m outside
     building_polygons: object  # GeoDataFrame EPSG:4326: roof, height_m; whole footprints
     graph: RoadGraph       # pixel space, cut at the picture's border
     crs: str               # UTM zone, "EPSG:326.."
@@ -44,14 +44,15 @@ class Scene:
     kind: str              # grid, curved, rural, town
 
     def __repr__(self):
-        return f"Scene(seed={self.seed}, {self.kind}, {self.image.shape[2]} x {self.image.shape[1]} px at {self.gsd_m} m)"
+        size = f"{self.image.shape[2]} x {self.image.shape[1]} px at {self.gsd_m} m"
+        return f"Scene(seed={self.seed}, {self.kind}, {size})"
 
 # %% ../../nbs/data/synthetic.ipynb #4b50cb14
 WORLD_M = 512.     # the smallest world: a smaller scene is a window on it
 EDGE_M = 10.       # how far centrelines go on beyond the picture
 
 def _window(seed: int, plan: Plan, span_m: float) -> tuple[float, float]:
-    "Upper left corner of the picture in ground metres: the middle of the world, or a place on some road."
+    "Upper left corner of the picture in ground metres: centred on the world, or else on some road."
     e, dice = plan.ground.extent_m, Dice(seed, "window")
     if span_m >= .75 * e: return (e - span_m) / 2, (e - span_m) / 2
     at = np.concatenate([w.points for w in plan.ways if w.kind != "turning"])
@@ -69,11 +70,12 @@ def _corner(seed: int, size: int) -> np.ndarray: # (size, size) bool, False in a
 
 def _place(seed: int) -> tuple[str, float, float]: # crs, east, north
     "A place for each seed; scenes of 20,000 seeds in a row do not overlap in one zone."
-    return f"EPSG:{32631 + seed // 20_000 % 10}", 300_000. + seed % 40 * 10_000, 1_010_000. + seed // 40 % 500 * 10_000
+    zone, row, column = seed // 20_000 % 10, seed // 40 % 500, seed % 40
+    return f"EPSG:{32631 + zone}", 300_000. + column * 10_000, 1_010_000. + row * 10_000
 
 # %% ../../nbs/data/synthetic.ipynb #348a6d13
 def _clipped(nodes: np.ndarray, edges: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
-    "Segments cut to the square 0..size (Liang and Barsky 1984): points (m, 2, 2) and which edges they are."
+    "Edges cut to the square 0..size (Liang and Barsky 1984): points (m, 2, 2) and the edges they are of."
     a, b = nodes[edges[:, 0]], nodes[edges[:, 1]]
     d, t0, t1 = b - a, np.zeros(len(a)), np.ones(len(a))
     for axis in (0, 1):
@@ -89,8 +91,8 @@ def _clipped(nodes: np.ndarray, edges: np.ndarray, size: float) -> tuple[np.ndar
 
 def _graph(plan: Plan, low_m, size: int, gsd_m: float, crs, transform) -> RoadGraph:
     "The roads of the picture as a graph in its pixels."
-    points = np.concatenate([np.stack([w.points[:-1], w.points[1:]], 1) for w in plan.ways]).reshape(-1, 2)
-    points = (points - np.array(low_m)) / gsd_m
+    pieces = np.concatenate([np.stack([w.points[:-1], w.points[1:]], 1) for w in plan.ways])
+    points = (pieces.reshape(-1, 2) - np.array(low_m)) / gsd_m
     pairs, _ = _clipped(points, np.arange(len(points)).reshape(-1, 2), float(size))
     nodes, index = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)
     return RoadGraph(nodes, index.reshape(-1, 2), crs, transform).tidy()
@@ -107,11 +109,13 @@ def _road_lines(plan: Plan, low_m, span_m: float, to_map, crs: str):
             rows.append({"class": way.kind, "width_m": way.width_m, "bridge": bool(way.lift_m[a] > 0)})
             lines.append(way.points[a:b + 1] - np.array(low_m))
     ends = np.cumsum([len(line) for line in lines])
-    shapes = shapely.linestrings(np.concatenate(lines), indices=np.repeat(np.arange(len(lines)), np.diff([0, *ends])))
+    shapes = shapely.linestrings(np.concatenate(lines),
+                                 indices=np.repeat(np.arange(len(lines)), np.diff([0, *ends])))
     shapes = shapely.clip_by_rect(shapes, -EDGE_M, -EDGE_M, span_m + EDGE_M, span_m + EDGE_M)
     parts, which = shapely.get_parts(shapes, return_index=True)
     keep = shapely.length(parts) > 0
-    table = gpd.GeoDataFrame([rows[i] for i in which[keep]], geometry=shapely.transform(parts[keep], to_map),
+    table = gpd.GeoDataFrame([rows[i] for i in which[keep]],
+                             geometry=shapely.transform(parts[keep], to_map),
                              columns=["class", "width_m", "bridge", "geometry"], crs=crs)
     return table.to_crs("EPSG:4326")
 
@@ -121,9 +125,10 @@ def footprint(box) -> np.ndarray: # (4 or 6, 2) ground metres
     "Corners of a building, with its wing."
     a, b, w = (float(box[k]) for k in ("a", "b", "wing"))
     h = min(b, a / 2)
-    s, t = np.array([(-a, -b), (a, -b), (a, b + w), (a - 2 * h, b + w), (a - 2 * h, b), (-a, b)] if w > 0 else
-                    [(-a, -b), (a, -b), (a, b), (-a, b)]).T
-    return np.stack([box["x"] + s * box["ux"] - t * box["uy"], box["y"] + s * box["uy"] + t * box["ux"]], 1)
+    wing = [(a, b + w), (a - 2 * h, b + w), (a - 2 * h, b)] if w > 0 else [(a, b)]
+    s, t = np.array([(-a, -b), (a, -b), *wing, (-a, b)]).T
+    return np.stack([box["x"] + s * box["ux"] - t * box["uy"],
+                     box["y"] + s * box["uy"] + t * box["ux"]], 1)
 
 def _building_polygons(boxes, low_m, span_m: float, to_map, crs: str):
     "Whole footprints of the buildings that touch the picture."
@@ -159,9 +164,11 @@ def scene(
     transform = from_origin(east, north, gsd_m, gsd_m)
     to_map = lambda xy: np.stack([east + xy[:, 0], north - xy[:, 1]], 1)
     masks = (np.where(valid, m, 255).astype(np.uint8) for m in (picture.roads, picture.buildings))
-    return Scene(np.where(valid, picture.image, np.uint8(255)), valid, *masks, picture.roads & picture.crowns,
-                 _road_lines(plan, low, span_m, to_map, crs), _building_polygons(things.buildings, low, span_m, to_map, crs),
-                 _graph(plan, low, size, gsd_m, crs, transform), crs, transform, gsd_m, seed, kind)
+    image, hidden = np.where(valid, picture.image, np.uint8(255)), picture.roads & picture.crowns
+    lines = _road_lines(plan, low, span_m, to_map, crs)
+    homes = _building_polygons(things.buildings, low, span_m, to_map, crs)
+    graph = _graph(plan, low, size, gsd_m, crs, transform)
+    return Scene(image, valid, *masks, hidden, lines, homes, graph, crs, transform, gsd_m, seed, kind)
 
 def scenes(n: int, size: int = 1024, seed: int = 0, **arguments):
     "n scenes of the seeds seed, seed + 1, ..., one at a time."
@@ -177,13 +184,15 @@ def _thumbnail(image: np.ndarray, width: int = 220) -> str:
 
 def _repr_html_(self) -> str:
     "The picture and its numbers, for notebooks."
-    inside = max(int(self.valid.sum()), 1)
-    facts = {"kind": f"{self.kind} (seed {self.seed})", "size": f"{self.image.shape[2]} px at {self.gsd_m} m", "crs": self.crs,
-             "roads": f"{self.graph.length_m:,.0f} m, {(self.roads == 1).sum() / inside:.1%} of pixels",
-             "buildings": f"{len(self.building_polygons):,}, {(self.buildings == 1).sum() / inside:.1%} of pixels",
-             "hidden": f"{self.hidden.sum() / max((self.roads == 1).sum(), 1):.1%} of road pixels under crowns"}
+    inside, roads, homes = (int(m.sum()) for m in (self.valid, self.roads == 1, self.buildings == 1))
+    facts = {"kind": f"{self.kind} (seed {self.seed})",
+             "size": f"{self.image.shape[2]} px at {self.gsd_m} m", "crs": self.crs,
+             "roads": f"{self.graph.length_m:,.0f} m, {roads / inside:.1%} of pixels",
+             "buildings": f"{len(self.building_polygons):,}, {homes / inside:.1%} of pixels",
+             "hidden": f"{self.hidden.sum() / max(roads, 1):.1%} of road pixels under crowns"}
     rows = "".join(f"<tr><td>{k}</td><td>{v}</td></tr>" for k, v in facts.items())
-    return (f'<div style="display:flex;gap:1em;align-items:center"><img src="data:image/jpeg;base64,{_thumbnail(self.image)}">'
+    return (f'<div style="display:flex;gap:1em;align-items:center">'
+            f'<img src="data:image/jpeg;base64,{_thumbnail(self.image)}">'
             f"<table><caption>Scene</caption>{rows}</table></div>")
 
 Scene._repr_html_ = _repr_html_
@@ -198,14 +207,15 @@ def threshold_iou(
     grey = (image.astype(np.int64).sum(0) // 3)[mask != 255]
     spread = (image.max(0) - image.min(0)).astype(np.int64)[mask != 255] * steps // 256
     truth, best = mask[mask != 255] == 1, (-1., (0, 0, 0))
-    table = [np.bincount(spread[k] * 256 + grey[k], minlength=steps * 256).reshape(steps, 256).cumsum(0).cumsum(1)
-             for k in (truth, ~truth)]
+    table = [np.bincount(spread[k] * 256 + grey[k], minlength=steps * 256) for k in (truth, ~truth)]
+    table = [t.reshape(steps, 256).cumsum(0).cumsum(1) for t in table]
     for limit in range(steps):
         hit, wrong = (np.concatenate([[0], t[limit]]) for t in table)
-        tp, fp = (v[None, :] - v[:, None] for v in (hit, wrong))     # rows: lowest, columns: one past the highest
+        tp, fp = (v[None, :] - v[:, None] for v in (hit, wrong))     # row: lowest, column: past the highest
         iou = np.triu(tp / np.maximum(truth.sum() + fp, 1))
         i, j = np.unravel_index(iou.argmax(), iou.shape)
-        if iou[i, j] > best[0]: best = float(iou[i, j]), (int(i), int(j) - 1, (limit + 1) * 256 // steps - 1)
+        most = (limit + 1) * 256 // steps - 1
+        if iou[i, j] > best[0]: best = float(iou[i, j]), (int(i), int(j) - 1, most)
     return best
 
 # %% ../../nbs/data/synthetic.ipynb #3b7dcdb2
@@ -213,10 +223,11 @@ def _write_tiff(path: Path, data: np.ndarray, s: Scene, **options) -> Path:
     "(bands, h, w) uint8 as a tiled, deflated GeoTIFF."
     import rasterio
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(path, "w", driver="GTiff", count=len(data), height=data.shape[1], width=data.shape[2], dtype="uint8",
-                       crs=s.crs, transform=s.transform, compress="deflate", tiled=True, blockxsize=256, blockysize=256,
-                       **options) as file:
-        file.write(data)
+    count, height, width = data.shape
+    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": "uint8",
+               "crs": s.crs, "transform": s.transform, "compress": "deflate", "tiled": True,
+               "blockxsize": 256, "blockysize": 256}
+    with rasterio.open(path, "w", **profile, **options) as file: file.write(data)
     return path
 
 def _write_geojson(path: Path, table) -> Path:
@@ -232,13 +243,13 @@ def write_scene(
 ) -> dict[str, Path]: # image, roads, buildings, road_lines, building_polygons, graph
     "Write a scene: images/, masks/, masks_buildings/ and labels/."
     folder = Path(folder)
-    (folder / "labels").mkdir(parents=True, exist_ok=True)
+    tif, labels = f"{name}.tif", folder / "labels"
     paths = {
-        "image": _write_tiff(folder / "images" / f"{name}.tif", s.image, s, photometric="RGB"),
-        "roads": _write_tiff(folder / "masks" / f"{name}.tif", s.roads[None], s, nodata=255),
-        "buildings": _write_tiff(folder / "masks_buildings" / f"{name}.tif", s.buildings[None], s, nodata=255),
-        "road_lines": _write_geojson(folder / "labels" / f"{name}_roads.geojson", s.road_lines),
-        "building_polygons": _write_geojson(folder / "labels" / f"{name}_buildings.geojson", s.building_polygons),
-        "graph": s.graph.save(folder / "labels" / f"{name}_graph.npz")}
+        "image": _write_tiff(folder / "images" / tif, s.image, s, photometric="RGB"),
+        "roads": _write_tiff(folder / "masks" / tif, s.roads[None], s, nodata=255),
+        "buildings": _write_tiff(folder / "masks_buildings" / tif, s.buildings[None], s, nodata=255),
+        "road_lines": _write_geojson(labels / f"{name}_roads.geojson", s.road_lines),
+        "building_polygons": _write_geojson(labels / f"{name}_buildings.geojson", s.building_polygons),
+        "graph": s.graph.save(labels / f"{name}_graph.npz")}
     logger.info("wrote scene %s (%s) to %d files", name, s.kind, len(paths))
     return paths

@@ -43,7 +43,8 @@ class Dice:
 
     def shuffled(self, items: list) -> list:
         "The items in random order."
-        return [items[i] for i in np.argsort(self.random(max(len(items), 1)), kind="stable")[:len(items)]]
+        return [items[i] for i in np.argsort(self.random(max(len(items), 1)),
+                                             kind="stable")[:len(items)]]
 
     def bytes(self, *shape: int) -> np.ndarray: # uint8
         "Random bytes, eight for the price of one number."
@@ -117,10 +118,11 @@ class Land:
     def to_plan(self, x_m: np.ndarray, y_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Plan coordinates of points on the ground."
         (dx, dy), c = self._shift(x_m, y_m), self.extent_m / 2
-        return (self.cos * (x_m - c) - self.sin * (y_m - c) + dx, self.sin * (x_m - c) + self.cos * (y_m - c) + dy)
+        return (self.cos * (x_m - c) - self.sin * (y_m - c) + dx,
+                self.sin * (x_m - c) + self.cos * (y_m - c) + dy)
 
-    def plan_grid(self, x_m: np.ndarray, y_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # float32 (rows, cols)
-        "Plan coordinates of every pixel, columns x_m and rows y_m."
+    def plan_grid(self, x_m: np.ndarray, y_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "Plan coordinates of every pixel, columns x_m and rows y_m: two (rows, cols) float32."
         (dx, dy), c = self._shift(x_m, y_m, "grid"), self.extent_m / 2
         x, y = (x_m - c).astype(np.float32), (y_m - c).astype(np.float32)[:, None]
         cos, sin = np.float32(self.cos), np.float32(self.sin)
@@ -131,7 +133,8 @@ class Land:
         x, y, c = px, py, self.extent_m / 2
         for _ in range(25):
             dx, dy = self._shift(x, y)
-            x, y = (self.cos * (px - dx) + self.sin * (py - dy) + c, self.cos * (py - dy) - self.sin * (px - dx) + c)
+            x, y = (self.cos * (px - dx) + self.sin * (py - dy) + c,
+                    self.cos * (py - dy) - self.sin * (px - dx) + c)
         return x, y
 
 # %% ../../nbs/data/terrain.ipynb #355034ea
@@ -142,12 +145,13 @@ def land(
     scale_m: float = 170., # distance between bends
 ) -> Land: # raises ValueError when the bend would fold the plan
     "Ground for a seed: turned by some angle, bent by two noises."
-    if bend_m * 8 > scale_m: raise ValueError(f"a bend of {bend_m} m every {scale_m} m folds the plan: at most "
-                                              f"{scale_m / 8:g} m")
+    if bend_m * 8 > scale_m:
+        raise ValueError(f"a bend of {bend_m} m every {scale_m} m folds the plan: at most {scale_m / 8:g} m")
     dice = Dice(seed, "land")
     cos, sin = turn(dice.random())
     low, high = -.5 * extent_m - 200, 1.5 * extent_m + 200
-    return Land(extent_m, cos, sin, bend_m, noise(dice, scale_m, low, high), noise(dice, scale_m, low, high))
+    return Land(extent_m, cos, sin, bend_m, noise(dice, scale_m, low, high),
+                noise(dice, scale_m, low, high))
 
 # %% ../../nbs/data/terrain.ipynb #34be889b
 def segment_window(

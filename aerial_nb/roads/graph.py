@@ -130,7 +130,8 @@ def parts(self: RoadGraph) -> tuple[int, np.ndarray]: # number of parts, (n,) pa
     from scipy.sparse.csgraph import connected_components
     n, (u, v) = len(self.nodes), self.edges.T
     if n == 0: return 0, np.zeros(0, np.int64)
-    count, part = connected_components(coo_array((np.ones(len(u)), (u, v)), shape=(n, n)), directed=False)
+    count, part = connected_components(coo_array((np.ones(len(u)), (u, v)), shape=(n, n)),
+                                       directed=False)
     return int(count), part.astype(np.int64)
 
 @patch(as_prop=True)
@@ -185,7 +186,8 @@ def to_networkx(self: RoadGraph): # networkx.Graph; nodes carry x, y; edges carr
     import networkx as nx
     graph = nx.Graph(crs=self.crs, transform=self.transform)
     graph.add_nodes_from((i, dict(x=x, y=y)) for i, (x, y) in enumerate(self.nodes.tolist()))
-    graph.add_edges_from((u, v, dict(length=s)) for (u, v), s in zip(self.edges.tolist(), self.lengths.tolist()))
+    pairs = zip(self.edges.tolist(), self.lengths.tolist())
+    graph.add_edges_from((u, v, dict(length=size)) for (u, v), size in pairs)
     return graph
 
 @patch(cls_method=True)
@@ -214,7 +216,8 @@ def to_geodataframe(
     lines = shapely.linestrings(graph.nodes[graph.edges]) if len(graph) else np.zeros(0, object)
     if merge: lines = shapely.get_parts(shapely.line_merge(shapely.multilinestrings(lines)))
     columns = {} if merge else dict(u=graph.edges[:, 0], v=graph.edges[:, 1])
-    return gpd.GeoDataFrame(columns | dict(length=shapely.length(lines)), geometry=lines, crs=graph.crs)
+    return gpd.GeoDataFrame(columns | dict(length=shapely.length(lines)), geometry=lines,
+                            crs=graph.crs)
 
 # %% ../../nbs/roads/graph.ipynb #a356e95d
 @patch
@@ -222,9 +225,11 @@ def save(self: RoadGraph, path: Path | str) -> Path:
     "Write the graph as `.npz`, exactly; crs as text, transform as six numbers."
     path = Path(path)
     if path.suffix != ".npz": raise ValueError(f"a graph is saved as .npz, got {path.name}")
-    crs = "" if self.crs is None else self.crs.to_string() if hasattr(self.crs, "to_string") else str(self.crs)
+    crs = "" if self.crs is None else self.crs.to_string() if hasattr(self.crs,
+            "to_string") else str(self.crs)
     transform = [] if self.transform is None else list(self.transform)[:6]
-    np.savez_compressed(path, nodes=self.nodes, edges=self.edges, crs=np.array(crs), transform=np.array(transform, float))
+    np.savez_compressed(path, nodes=self.nodes, edges=self.edges, crs=np.array(crs),
+                        transform=np.array(transform, float))
     return path
 
 @patch(cls_method=True)
@@ -253,10 +258,13 @@ def plot(
     if image is not None and self.space == "map":
         raise ValueError("this graph is in map coordinates: draw graph.to_pixels(transform) over an image")
     ax = plt.subplots(figsize=(4, 4), dpi=72)[1] if ax is None else ax
-    if image is not None: ax.imshow(image if image.ndim == 2 else np.moveaxis(image[:3], 0, -1), cmap="gray",
-                                    extent=(0, image.shape[-1], image.shape[-2], 0))
-    ax.add_collection(LineCollection(self.nodes[self.edges], colors=color, linewidths=lw), autolim=True)
-    if nodes: ax.plot(*self.nodes[self.degrees != 2].T, "o", ms=2 * lw, mec="k", mew=.5, color="white", ls="")
+    if image is not None:
+        pixels = image if image.ndim == 2 else np.moveaxis(image[:3], 0, -1)
+        ax.imshow(pixels, cmap="gray", extent=(0, image.shape[-1], image.shape[-2], 0))
+    ax.add_collection(LineCollection(self.nodes[self.edges], colors=color, linewidths=lw),
+                      autolim=True)
+    if nodes: ax.plot(*self.nodes[self.degrees != 2].T, "o", ms=2 * lw, mec="k", mew=.5,
+                      color="white", ls="")
     ax.set_aspect("equal"); ax.autoscale_view()
     if self.space == "pixel" and not ax.yaxis_inverted(): ax.invert_yaxis()
     return ax
@@ -272,7 +280,8 @@ def _repr_html_(self: RoadGraph) -> str:
     shown = xy[self.edges[:4000]].round(1)
     path = "".join(f"M{a:g} {b:g}L{c:g} {d:g}" for (a, b), (c, d) in shown)
     size = f"{self.length:,.0f} px" if self.crs is None else f"{self.length_m:,.0f} m"
-    facts = dict(length=size, nodes=f"{len(self.nodes):,}", edges=f"{len(self):,}", parts=f"{self.n_parts:,}",
+    facts = dict(length=size, nodes=f"{len(self.nodes):,}", edges=f"{len(self):,}",
+                 parts=f"{self.n_parts:,}",
                  junctions=f"{int((self.degrees > 2).sum()):,}", ends=f"{int((self.degrees == 1).sum()):,}",
                  space=self.space + ("" if self.crs is None else f", {self.crs}"))
     rows = "".join(f"<tr><td>{k}</td><td>{v}</td></tr>" for k, v in facts.items())
