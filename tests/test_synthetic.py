@@ -30,8 +30,8 @@ def iou(a, b):
 
 
 KNOWN = {    # (size, seed, gsd_m, blank): taken with numpy 2.4, equal with numpy 1.26 and with vector instructions off
-    (64, 0, .5, False): "9eeaf39b92d595e4", (160, 1, 2., True): "c63f8b00fefbba4a",
-    (96, 2, 1., False): "4351f41bcac28404", (80, 3, .3, False): "8c2fe75f1c59b2e5",
+    (64, 0, .5, False): "497eef11638e95fd", (160, 1, 2., True): "905cf2257aa7f37b",
+    (96, 2, 1., False): "040d316253a5987d", (80, 3, .3, False): "312c3415f9e4ebec",
 }
 
 

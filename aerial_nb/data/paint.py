@@ -127,7 +127,7 @@ def paint_ground(dice: Dice, c: Canvas, things: Things) -> None:
     if len(rows): _fields(dice, c, plan, block[farm], (rows, cols, px[farm], py[farm]))
     c.rgb *= 1 + np.float32(.05) * mid + np.float32(.06) * fine + np.float32(.05) * c.rough[1.6]
     pale = (c.rgb[0] + c.rgb[1] + c.rgb[2]) / 3 - c.rgb      # a dry year has less colour
-    c.rgb += pale * np.clip(np.float32(dice.between(.15, .45)) + np.float32(.15) * coarse, 0, 1)
+    c.rgb += pale * np.clip(np.float32(dice.between(.26, .5)) + np.float32(.15) * coarse, 0, 1)
 
 def paint_water(c: Canvas, things: Things) -> None:
     "Rivers and lakes, their banks, and the path around a park's."

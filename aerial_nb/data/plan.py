@@ -103,7 +103,10 @@ def districts(dice: Dice, kind: str, upright: list[Line], level: list[Line],
     far = [abs(b.box[0] + b.box[2]) + abs(b.box[1] + b.box[3]) for b in blocks]
     deck = []
     for rank, b in enumerate(np.argsort(far, kind="stable")):
-        if not deck: deck = dice.shuffled(FABRICS[kind][:6] if rank == 0 else FABRICS[kind])
+        if not deck:
+            deck = dice.shuffled(FABRICS[kind][:6] if rank == 0 else FABRICS[kind])
+            if rank == 0 and "works" in deck:    # its yards and car parks are what fools a threshold
+                deck.remove("works"); deck.insert(-1, "works")
         block = blocks[b]
         wide = min(block.box[2] - block.box[0], block.box[3] - block.box[1]) > 75
         block.fabric = deck.pop() if wide else "park"
