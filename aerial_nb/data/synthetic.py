@@ -87,7 +87,7 @@ def _clipped(nodes: np.ndarray, edges: np.ndarray, size: float) -> tuple[np.ndar
     keep = np.flatnonzero(t0 < t1)
     a, d, t0, t1 = a[keep], d[keep], t0[keep, None], t1[keep, None]
     start, end = np.where(t0 > 0, a + d * t0, a), np.where(t1 < 1, a + d * t1, b[keep])
-    return np.clip(np.stack([start, end], 1), 0, size), keep
+    return np.clip(np.stack([start, end], 1), 0, size) + 0., keep    # + 0. turns -0. into 0.
 
 def _graph(plan: Plan, low_m, size: int, gsd_m: float, crs, transform) -> RoadGraph:
     "The roads of the picture as a graph in its pixels."
