@@ -82,6 +82,7 @@ def overfit_task(
     recipe: Recipe,
     arguments: dict,       # of the builder
     crops: int = 5,        # trained on and scored on
+    bs: int = 5,           # crops in a batch
     seed: int = 0,         # of the crops
     device: str = "cpu",
     **options,             # of Task: buffer_px, data
@@ -91,7 +92,7 @@ def overfit_task(
     plan = fixed_crops(store, crops, size, seed)
     used = CropDataset(store, plan, size)
     stats = channel_stats(store)
-    return Task(loaders(used, used, crops, stats, device=device), stats, recipe, [], crops_of(used), size,
+    return Task(loaders(used, used, min(bs, crops), stats, device=device), stats, recipe, [], crops_of(used), size,
                 arguments | dict(bands=store.bands), gsd_m=_one_gsd(samples), **options)
 
 def _one_gsd(samples: pd.DataFrame) -> float | None:
