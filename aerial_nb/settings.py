@@ -10,7 +10,7 @@ __all__ = ['DEFAULTS', 'Settings', 'settings_file', 'settings', 'pick_device']
 # %% ../nbs/settings.ipynb #e5d11b40
 import configparser
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../nbs/settings.ipynb #3fe69b43

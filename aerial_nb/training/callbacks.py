@@ -106,6 +106,7 @@ def peak_memory_mb(device: torch.device) -> float:
     import sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
+# %% ../../nbs/training/callbacks.ipynb #07ca5355
 class History(Callback):
     "Writes a row an epoch to the folder's history.csv; validates every `every` epochs and at the last."
     order = 70

@@ -9,7 +9,7 @@ __all__ = ['logger', 'SCHEDULES', 'Recipe', 'pick_precision', 'learner_for', 'fi
 
 # %% ../../nbs/training/learner.ipynb #583c2627
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from .records import Folder
 
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import TrainEvalCallback
-import fastai.callback.schedule  # adds the schedules to Learner
+import fastai.callback.schedule  # noqa: F401 adds the schedules to Learner
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder
@@ -40,7 +40,7 @@ SCHEDULES = ("one_cycle", "flat_cos", "flat")
 class Recipe:
     "How to train; plain values. Raises ValueError on impossible ones."
     epochs: int = 10
-    lr: float = 1e-3              # the highest of the schedule
+    lr: float = 2e-3              # the highest of the schedule
     schedule: str = "one_cycle"   # one_cycle, flat_cos (flat, then a cosine to zero) or flat
     weight_decay: float = 1e-4    # of AdamW
     loss: str = "ce_iou"          # soft_iou, bce, ce_dice or ce_iou, at every scale the model gives
