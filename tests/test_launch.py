@@ -28,7 +28,7 @@ CHECK = ("from aerial_nb.training.parameters import check_parameters\n"
 WORK = ("import time\nfrom aerial_nb.training.runs import RunFolder\n"
         "run = RunFolder.current('train_small', params, resume=resume)\n"
         "first = len(run.history)\n"
-        "for epoch in range(first, epochs): run.log(dict(epoch=epoch, train_loss=1 / (1 + epoch))); time.sleep(0.05)\n"
+        "for epoch in range(first, epochs): run.log(dict(epoch=epoch + 1, train_loss=1 / (1 + epoch))); time.sleep(0.05)\n"
         "assert protocol == 'split', 'no overfitting here'\n"
         "run.finish(dict(epochs_run=epochs - first))")
 
@@ -223,7 +223,7 @@ def test_watching_says_what_is_new_and_how_long_it_takes(tmp_path, capsys, monke
     watch, clock = Watch(run, epochs=10, every_s=0), [0.]
     monkeypatch.setattr("aerial_nb.training.launch.time.monotonic", lambda: clock[0])
     for epoch in range(3):
-        run.arm("spin-seed0").log(dict(epoch=epoch, train_loss=0.5)); watch.look(); watch.look(); clock[0] += 60
+        run.arm("spin-seed0").log(dict(epoch=epoch + 1, train_loss=0.5)); watch.look(); watch.look(); clock[0] += 60
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["spin-seed0 epoch 1 of 10: train_loss 0.5", "spin-seed0 epoch 2 of 10: train_loss 0.5; about 8 min left here",
                      "spin-seed0 epoch 3 of 10: train_loss 0.5; about 7 min left here"]

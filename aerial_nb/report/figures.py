@@ -211,8 +211,9 @@ def plot_history(
             for column in columns[panel]:
                 series = pd.DataFrame([t.set_index("epoch")[column] for t in tables if column in t]).T
                 style = dict(color=colour, ls="--" if column.startswith("train") else "-")
+                series = series.dropna(how="all")  # validation may be rarer than epochs are
                 if series.shape[1] > 1: ax.plot(series, lw=.6, alpha=.6, **style)
-                ax.plot(series.mean(axis=1), lw=1.8, label=" ".join(filter(None, [arm, _label(column)])), **style)
+                ax.plot(series.mean(axis=1), lw=1.8, marker="." if len(series) < 25 else "", label=" ".join(filter(None, [arm, _label(column)])), **style)
         ax.set(xlabel="epoch", title=_label(panel)); ax.legend(fontsize=7); ax.spines[["top", "right"]].set_visible(False)
     return fig
 

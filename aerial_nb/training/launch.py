@@ -118,7 +118,7 @@ class Watch:
         row = dict(zip(names, values))
         epoch, rest = row.pop("epoch", None), ", ".join(f"{k} {v[:6]}" for k, v in list(row.items())[:4] if v)
         if epoch is None: return rest
-        done, now = int(float(epoch)) + 1, time.monotonic()
+        done, now = int(float(epoch)), time.monotonic()
         first, since = self.start.setdefault(file, (done, now))
         total = self.epochs if isinstance(self.epochs, int) else None
         left = (now - since) / (done - first) * (total - done) if total and done > first else None
