@@ -20,7 +20,7 @@ SMALL = dict(width=16, size=64, limit=3, epochs=2, checkpoint_s=0)
 
 
 def environment(folder: Path) -> dict:
-    return os.environ | dict(AERIAL_RUNS=str(folder / "runs"), AERIAL_CACHE=str(folder / "cache"), OMP_NUM_THREADS="1", MPLBACKEND="agg")
+    return os.environ | dict(AERIAL_RUNS=str(folder / "runs"), AERIAL_CACHE=str(folder / "cache"), OMP_NUM_THREADS="1")
 
 
 def arguments(params: dict) -> list[str]:
@@ -121,9 +121,11 @@ def test_a_kill_in_mid_epoch_then_resume_gives_the_same_curve(tmp_path):
     for _ in range(1200):
         if history() and len(history()[0].read_text().splitlines()) > 3: break
         time.sleep(0.1)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
     killed = only_run(tmp_path)
+    kernel = json.loads((killed.path / ".lock").read_text())["pid"]
+    os.killpg(first.pid, signal.SIGKILL); os.kill(kernel, signal.SIGKILL)
+    first.wait()
+    time.sleep(1)
     assert killed.status == "unfinished" and 2 <= len(pd.read_csv(history()[0])) < 6
     again = subprocess.run([*aerial_run, "-p", "resume", killed.id], cwd=tmp_path, env=environment(tmp_path), capture_output=True,
                            text=True, timeout=400)
