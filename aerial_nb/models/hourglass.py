@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
+from .norms import warm_batch_norms
 from .spin import SPIN, SpinPyramid
 
 # %% ../../nbs/models/hourglass.ipynb #993bd7f0
@@ -142,6 +143,7 @@ class StackedHourglass(nn.Module):
         self._add_heads(width, spin)
         init_as_published(self)
         if prior: start_from_prior(self, prior)
+        warm_batch_norms(self)
 
 # %% ../../nbs/models/hourglass.ipynb #9bc8f147
 @patch

@@ -18,7 +18,7 @@ from torch import nn
 from ..data.loaders import EpochCrops
 from ..models.zoo import build
 from .callbacks import (Checkpoint, History, Precision, Progress, PRECISIONS, SeedEpochs,
-                                          StopAtNaN, WarmBatchNorm)
+                                          StopAtNaN)
 from .losses import LOSSES, DeepSupervision, build_loss
 from .records import Folder
 
@@ -83,7 +83,7 @@ def learner_for(
     "A fastai Learner that follows the recipe, on the device of the loaders."
     device = torch.device(dls.device or "cpu")
     amp = pick_precision(recipe.amp, str(device))
-    cbs = [TrainEvalCallback(), Recorder(), EpochCrops(), SeedEpochs(seed), WarmBatchNorm(), StopAtNaN(),
+    cbs = [TrainEvalCallback(), Recorder(), EpochCrops(), SeedEpochs(seed), StopAtNaN(),
            History(folder, recipe.valid_every), Checkpoint(folder, checkpoint_s)]
     if not quiet: cbs.append(Progress(folder.path.name))
     if PRECISIONS[amp]: cbs.append(Precision(amp))
