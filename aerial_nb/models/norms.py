@@ -6,7 +6,6 @@
 __all__ = ['warm_batch_norms']
 
 # %% ../../nbs/models/norms.ipynb #a5577c3e
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
