@@ -30,6 +30,9 @@ class RoadGraph:
             raise ValueError("a transform without a crs leads to no map: give both, or neither for bare pixels")
 
     def __len__(self): return len(self.edges)
+    def __repr__(self):
+        return f"RoadGraph({len(self.nodes):,} nodes, {len(self):,} edges, {self.space}, crs={self.crs})"
+
     def __eq__(self, other):
         return (isinstance(other, RoadGraph) and np.array_equal(self.nodes, other.nodes)
                 and np.array_equal(self.edges, other.edges)
@@ -91,6 +94,26 @@ def to_pixels(
     return replace(self, nodes=_apply(~transform, self.to_map().nodes), transform=transform)
 
 # %% ../../nbs/roads/graph.ipynb #295cf172
+def _degrees(graph: RoadGraph, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # lon, lat
+    "Map points of a graph's crs in degrees."
+    from pyproj import CRS, Transformer
+    crs = CRS.from_user_input(graph.crs)
+    if crs.is_geographic: return xy[:, 0], xy[:, 1]
+    return Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True).transform(xy[:, 0], xy[:, 1])
+
+def _ground_unit(graph: RoadGraph) -> float | None: # metres, or None in degrees and in crs like web mercator
+    "The unit of the graph's crs where it is one percent true on the ground."
+    from pyproj import CRS
+    crs = CRS.from_user_input(graph.crs)
+    if crs.is_geographic: return None
+    unit = crs.axis_info[0].unit_conversion_factor
+    if not len(graph.nodes): return unit
+    middle = (graph.nodes.min(0) + graph.nodes.max(0)) / 2
+    lon, lat = _degrees(graph, middle + np.array([(0, 0), (10, 0), (0, 10)]))
+    ground = crs.get_geod().inv([lon[0]] * 2, [lat[0]] * 2, lon[1:], lat[1:])[2]
+    return unit if np.allclose(np.asarray(ground) / 10, unit, rtol=.01) else None
+
+# %% ../../nbs/roads/graph.ipynb #6f2a2313
 @patch(as_prop=True)
 def lengths(self: RoadGraph) -> np.ndarray: # (m,) float64, in the unit of the nodes
     "Length of every edge."
@@ -102,10 +125,12 @@ def lengths_m(self: RoadGraph) -> np.ndarray: # (m,) float64; raises ValueError 
     "Length of every edge in metres."
     from pyproj import CRS
     graph = self.to_map()
-    crs = CRS.from_user_input(self.crs)
-    if not crs.is_geographic: return graph.lengths * crs.axis_info[0].unit_conversion_factor
-    (x0, y0), (x1, y1) = (graph.nodes[self.edges[:, i]].T for i in (0, 1))
-    return np.asarray(crs.get_geod().inv(x0, y0, x1, y1)[2], np.float64)
+    unit = _ground_unit(graph)
+    if unit is not None: return graph.lengths * unit
+    lon, lat = _degrees(graph, graph.nodes)
+    u, v = self.edges.T
+    geod = CRS.from_user_input(self.crs).get_geod()
+    return np.asarray(geod.inv(lon[u], lat[u], lon[v], lat[v])[2], np.float64)
 
 @patch(as_prop=True)
 def length(self: RoadGraph) -> float:
@@ -116,6 +141,26 @@ def length(self: RoadGraph) -> float:
 def length_m(self: RoadGraph) -> float: # raises ValueError in bare pixels
     "Total length in metres."
     return float(self.lengths_m.sum())
+
+# %% ../../nbs/roads/graph.ipynb #4e35c44e
+@patch
+def metric_nodes(
+    self: RoadGraph,
+    gsd_m: float | None = None, # metres per pixel of a graph in bare pixels; others know their own
+) -> np.ndarray: # (n, 2) float64; raises ValueError in bare pixels without gsd_m
+    "Positions of the nodes on a plane in metres: x east, y north on the map and down in bare pixels."
+    if self.crs is None:
+        if gsd_m is None: raise ValueError("this graph is in bare pixels: say how many metres a pixel has, gsd_m=")
+        if not gsd_m > 0: raise ValueError(f"gsd_m is metres per pixel and positive, got {gsd_m}")
+        return self.nodes * gsd_m
+    from pyproj import CRS, Transformer
+    graph = self.to_map()
+    unit = _ground_unit(graph)
+    if unit is not None or not len(self.nodes): return graph.nodes * (unit or 1.)
+    lon, lat = _degrees(graph, graph.nodes)
+    geodetic = CRS.from_user_input(self.crs).geodetic_crs
+    plane = CRS.from_proj4(f"+proj=tmerc +lon_0={lon.mean()} +lat_0={lat.mean()} +ellps=WGS84 +units=m")
+    return np.stack(Transformer.from_crs(geodetic, plane, always_xy=True).transform(lon, lat), 1)
 
 # %% ../../nbs/roads/graph.ipynb #5bea61c7
 @patch(as_prop=True)
@@ -190,18 +235,31 @@ def to_networkx(self: RoadGraph): # networkx.Graph; nodes carry x, y; edges carr
     graph.add_edges_from((u, v, dict(length=size)) for (u, v), size in pairs)
     return graph
 
+def _bends(line, start, end) -> list[tuple[float, float]]: # from start to end
+    "Inner vertices of an edge's geometry, which may be drawn from either end."
+    at = np.array([p[:2] for p in getattr(line, "coords", ())], float).reshape(-1, 2)
+    if len(at) < 3: return []
+    forth, back = (np.abs(at[[0, -1]] - ends).sum() for ends in ((start, end), (end, start)))
+    return [tuple(p) for p in (at if forth <= back else at[::-1])[1:-1].tolist()]
+
 @patch(cls_method=True)
 def from_networkx(
     cls: RoadGraph,
-    graph,  # networkx graph whose nodes carry x and y; direction and repeated edges are dropped
+    graph,  # networkx graph whose nodes carry x and y; edges may carry a shapely `geometry`, as osmnx has it
 ) -> RoadGraph: # raises ValueError when a node has no position
-    "A graph from networkx; crs and transform come from the graph's attributes."
+    "A graph from networkx, undirected; crs and transform come from the graph's attributes."
     index = {name: i for i, name in enumerate(graph.nodes)}
     lost = [name for name, at in graph.nodes(data=True) if "x" not in at or "y" not in at]
     if lost: raise ValueError(f"{len(lost)} of {len(index)} nodes carry no x and y, first is {lost[0]!r}")
     nodes = [(at["x"], at["y"]) for _, at in graph.nodes(data=True)]
-    edges = sorted({tuple(sorted((index[e[0]], index[e[1]]))) for e in graph.edges})
-    return cls(nodes, edges, graph.graph.get("crs"), graph.graph.get("transform"))
+    edges, inner = set(), {}
+    for u, v, at in graph.edges(data=True):
+        u, v = index[u], index[v]
+        bends = [(min(u, v), max(u, v), *p) for p in _bends(at.get("geometry"), nodes[u], nodes[v])]
+        path = [u, *(inner.setdefault(p, len(nodes) + len(inner)) for p in bends), v]
+        edges |= {tuple(sorted(pair)) for pair in zip(path[:-1], path[1:])}
+    nodes += [p[2:] for p in inner]
+    return cls(nodes, sorted(edges), graph.graph.get("crs"), graph.graph.get("transform"))
 
 # %% ../../nbs/roads/graph.ipynb #709ec3ce
 @patch
