@@ -238,17 +238,21 @@ def blended_rows(
     parts: Iterable[np.ndarray], windows: np.ndarray, shape, weights="ramp", overlap=None, pick=False, # as in `put_back`
 ) -> Iterator[tuple[int, np.ndarray]]: # first row, (..., rows, cols): strips from the top down, all rows once
     "Parts as strips that are finished; the same pixels as by `put_back`."
+    if not len(windows) or (np.diff(windows["row"]) < 0).any():
+        raise ValueError("strips need windows from the top down: sort the windows by row")
     overlap = shared_px(windows) if overlap is None else overlap
-    held, top = Mosaic((min(shape[0], int(windows["height"].max())), shape[1]), weights, overlap, pick), 0
+    high, top = min(shape[0], int(windows["height"].max())), 0
+    held = Mosaic((high, shape[1]), weights, overlap, pick)
     for window, part in zip(windows, parts, strict=True):
         row, col, height, width = map(int, window)
-        if row < top: raise ValueError(f"a window at row {row} after one at row {top}: sort the windows by row")
-        if row > top:
-            yield top, held.result(min(row - top, len(held.weight)))
-            if row > top + len(held.weight): raise ValueError(f"rows {top + len(held.weight)}..{row} lie in no window")
-            held.forget(row - top); top = row
+        if row > top: yield top, _finished(held, top, row); held.forget(row - top); top = row
         held.add((0, col, height, width), part)
-    yield top, held.result(shape[0] - top)
+    yield top, _finished(held, top, shape[0])
+
+def _finished(held: Mosaic, top: int, end: int) -> np.ndarray:
+    "Rows that no further window touches. Raises ValueError when no window did."
+    if end > top + len(held.weight): raise ValueError(f"rows {top + len(held.weight)}..{end} lie in no window")
+    return held.result(end - top)
 
 @patch
 def forget(self: Mosaic, rows: int) -> None:
