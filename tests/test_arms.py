@@ -1,4 +1,5 @@
 """Callbacks, learner, arms and prediction: what must hold whatever the model."""
+import json
 import logging
 
 import numpy as np
@@ -15,7 +16,8 @@ from aerial_nb.data.splits import split_by_scene
 from aerial_nb.data.tiles import TileStore, draw_crops, fixed_crops
 from aerial_nb.models.zoo import build
 from aerial_nb.scenes.predict import blend, predict_pixels, windows
-from aerial_nb.training.arms import overfit_task, run_arm, split_task
+from aerial_nb.training import arms as arms_module
+from aerial_nb.training.arms import model_hash, overfit_task, run_arm, split_task
 from aerial_nb.training.callbacks import NotFinite, Precision
 from aerial_nb.training.learner import Recipe, fit, learner_for, pick_precision
 from aerial_nb.training.records import Folder
@@ -128,6 +130,57 @@ def test_blank_pixels_are_neither_trained_nor_scored_on(tmp_path):
     assert (result.counts.tp + result.counts.fn).tolist() == [10 * 68]
     x, y = task.dls.train.one_batch()
     assert (y == 255).any() and (x.abs().sum(1)[y == 255] == 0).all()
+
+
+# ---- the door to the test tiles
+
+def reading_of(folder): return json.loads((folder / "test_read.json").read_text())["readings"]
+
+
+def test_each_arm_reads_the_test_tiles_once_through_the_door(samples, tmp_path):
+    task = split_task(samples, 64, 2, 2, Recipe(epochs=1), TINY, dict(n_valid=2))
+    assert len(task.score_on) == (samples.split == "test").sum()
+    with pytest.raises(DataError, match="behind their door"): task.score_on[0]
+    results = [run_arm(task, "hourglass", seed, Folder(tmp_path / f"arms/hourglass-seed{seed}"), quiet=True) for seed in (0, 1)]
+    assert [r["reader"] for r in reading_of(tmp_path)] == ["hourglass-seed0", "hourglass-seed1"]
+    assert len({r["model"] for r in reading_of(tmp_path)}) == 2 and {r["split_hash"] for r in reading_of(tmp_path)} == {task.split_hash}
+    assert {j.name for j in task.score_on} == set(results[0].counts.image)
+    assert not (tmp_path / "arms/hourglass-seed0/test_read.json").exists()
+
+
+def test_an_arm_that_died_while_it_scored_goes_on_with_the_same_model(samples, tmp_path, monkeypatch):
+    folder, recipe = Folder(tmp_path / "arms/hourglass-seed0"), Recipe(epochs=1)
+    arguments = (samples, 64, 2, 2, recipe, TINY, dict(n_valid=2))
+    def killed(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(arms_module, "score_arm", killed)
+    with pytest.raises(KeyboardInterrupt): run_arm(split_task(*arguments), "hourglass", 0, folder, quiet=True)
+    monkeypatch.undo()
+    assert len(reading_of(tmp_path)) == 1 and not (folder / "scores.csv").exists()
+    def trained_again(*_, **__): raise AssertionError("trained again after its test tiles were read")
+    monkeypatch.setattr(arms_module, "train_arm", trained_again)
+    task = split_task(*arguments)
+    result = run_arm(task, "hourglass", 0, folder, quiet=True)
+    (entry,) = reading_of(tmp_path)
+    assert len(entry["again"]) == 1 and len(result.counts) == len(task.score_on) and not (folder / "checkpoint.pt").exists()
+    again = split_task(*arguments)      # the run goes on in a third process, to draw its pictures
+    assert run_arm(again, "hourglass", 0, folder, quiet=True).counts.equals(pd.read_csv(folder / "scores.csv"))
+    assert [j.name for j in again.score_on] == [j.name for j in task.score_on]
+
+
+def test_a_model_trained_after_the_look_is_not_let_in(samples, tmp_path, monkeypatch):
+    folder, arguments = Folder(tmp_path / "arms/hourglass-seed0"), (samples, 64, 2, 2, Recipe(epochs=1), TINY, dict(n_valid=2))
+    run_arm(split_task(*arguments), "hourglass", 0, folder, quiet=True)
+    for name in ("scores.csv", "arm.json"): (folder / name).unlink()
+    with pytest.raises(DataError, match="another model or threshold"): run_arm(split_task(*arguments), "hourglass", 1, folder, quiet=True)
+
+
+def test_the_hash_of_a_model_sees_weights_and_threshold():
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    name = model_hash(one, 0.5)
+    assert model_hash(one.to(memory_format=torch.channels_last), 0.5) == name != model_hash(one, 0.5001)
+    with torch.no_grad(): one[0].bias[0] += 1e-6
+    assert model_hash(one, 0.5) != name
 
 
 # ---- windows
