@@ -212,9 +212,31 @@ class Layer:
             return found.set_crs(self.crs, allow_override=True)
         return self.table.iloc[np.sort(self.table.sindex.query(shapely.box(*bounds)))]
 
+    def only(self, column: str, name: str): # Layer; raises DataError when no row names the image
+        "The rows whose column names an image: its stem, or what the stem ends with."
+        groups = _groups(self, column)
+        mine = [v for v in groups if name == v] or [v for v in groups if v and re.search(rf"(^|[_-]){re.escape(v)}$", name)]
+        if not mine: raise DataError(f"{self.name}: no row with '{name}', or what it ends with, in the column '{column}'")
+        rows = self.table.iloc[groups[max(mine, key=len)]]
+        return _held(rows, self.name)
+
     def __repr__(self) -> str:
         return f"Layer({Path(self.name).name}: {self.count:,} features, {self.crs.name}, {span_text(self.bounds) if self.count else 'empty'})"
 
+@lru_cache(4)
+def _groups(layer: Layer, column: str) -> dict:
+    "Row numbers by the value of a column."
+    if layer.table is None: raise DataError(f"{layer.name}: held on disk, so it cannot be divided by a column; raise memory_mb")
+    if column not in layer.table: raise DataError(f"{layer.name}: no column '{column}'; it has {', '.join(layer.table.columns)}")
+    return layer.table.groupby(layer.table[column].astype(str)).indices
+
+def _held(table: gpd.GeoDataFrame, name: str) -> Layer:
+    "A table in memory as a layer."
+    _ = table.sindex   # built here, once, and not by every thread
+    bare = ~np.isfinite(shapely.bounds(table.geometry.array)).all(1)
+    return Layer(name, table.crs, tuple(table.total_bounds), len(table), int(bare.sum()), table)
+
+# %% ../../nbs/data/vectors.ipynb #2a1a3dda
 def open_layer(
     source,                      # path, GeoDataFrame, or a Layer, which is returned as it is
     layer: str | None = None,    # as in read_layer
@@ -232,7 +254,4 @@ def open_layer(
         return Layer(str(source), _checked_crs(info["crs"], crs, bounds, str(source)), tuple(bounds), info["features"],
                      path=source, layer=name)
     table = read_layer(source, layer, crs, geometry)
-    _ = table.sindex   # built here, once, and not by every thread
-    name = "the GeoDataFrame" if isinstance(source, gpd.GeoDataFrame) else str(source)
-    bare = ~np.isfinite(shapely.bounds(table.geometry.array)).all(1)
-    return Layer(name, table.crs, tuple(table.total_bounds), len(table), int(bare.sum()), table)
+    return _held(table, "the GeoDataFrame" if isinstance(source, gpd.GeoDataFrame) else str(source))
