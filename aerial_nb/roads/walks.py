@@ -182,21 +182,21 @@ def walk_shortest(net, work, place, interval, reach, points, slots, n):
 
     Writes positions and slots from index n on; returns (points, slots, new n), the arrays grown where needed."""
     n1, n2, d1, d2 = place
-    own = slot_between(net, n1, n2)
+    own, eps = slot_between(net, n1, n2), 1e-9 * interval   # a point on a node belongs to the roads that lead on
     for k in range(int(reach / interval) + 1):
-        if k * interval <= d1: points, slots, n = _lay(net, own, n1, d1 - k * interval, points, slots, n)
-        if k > 0 and k * interval < d2: points, slots, n = _lay(net, own, n1, d1 + k * interval, points, slots, n)
+        if k == 0 or k * interval < d1 - eps: points, slots, n = _lay(net, own, n1, d1 - k * interval, points, slots, n)
+        if k > 0 and k * interval < d2 - eps: points, slots, n = _lay(net, own, n1, d1 + k * interval, points, slots, n)
     count = spread(net, work, place, reach)
     for i in range(count):
         u = work.touched[i]
         for slot in range(net.start[u], net.start[u + 1]):
             v, size = net.node[slot], net.length[slot]
             if (u == n1 and v == n2) or (u == n2 and v == n1): continue
-            k = math.ceil(work.label[u] / interval)
-            while k * interval <= reach and k * interval - work.label[u] < size:
+            k = math.ceil(work.label[u] / interval - 1e-9)
+            while k * interval <= reach and k * interval - work.label[u] < size - eps:
                 t = k * interval - work.label[u]
-                other = work.label[v] + size - t
-                if k * interval < other or (k * interval == other and u < v):
+                gap = work.label[v] + size - t - k * interval       # how much longer the way round is
+                if gap > eps or (gap > -eps and u < v):
                     points, slots, n = _lay(net, slot, u, t, points, slots, n)
                 k += 1
     clean(work, count)

@@ -60,7 +60,7 @@ def chains(near, twice, rings):
     return found
 
 
-def starts(net, frame, spacing, published=True, region=None):
+def starts(net, frame, spacing, published=True, region=None, unit=1.):
     "Places to start from: (position, node, next node, distance to it, distance to the next)."
     at, near = net
     result = []
@@ -77,7 +77,8 @@ def starts(net, frame, spacing, published=True, region=None):
                 (n0, e0), (n1, e1) = at[path[j]], at[path[j + 1]]
                 place = ((1 - a) * n0 + a * n1, (1 - a) * e0 + a * e1)
                 if region is None or inside(place, *region):
-                    result.append((place, path[j], path[j + 1], goal - ends[j], ends[j + 1] - goal))
+                    away = [0. if d * unit < 1e-6 else d for d in (goal - ends[j], ends[j + 1] - goal)]
+                    result.append((place, path[j], path[j + 1], *away))
                 if not published: break
     return result
 
@@ -87,22 +88,26 @@ def inside(place, south, west, north, east, share):
     return place[0] - south > up and north - place[0] > up and place[1] - west > over and east - place[1] > over
 
 
-def pairs(net, frame, places, truth_at, limit, cosine, published=True):
+def pairs(net, frame, places, truth_at, limit, cosine, published=True, unit=1.):
     "For each start the nearest edge of the proposal that runs its way, as (n1, n2, distance to n1, to n2)."
     at, near = net
     edges = sorted({tuple(sorted((u, v))) for u in near for v in near[u]})
     result = {}
     for i, (place, u, v, _, _) in enumerate(places):
         way = frame.direction(truth_at[u], truth_at[v])
-        best = limit
-        for n1, n2 in [e for u, v in edges for e in ((u, v), (v, u))]:
+        found = []
+        for n1, n2 in edges:
             d, along = frame.to_segment(at[n1], at[n2], place)
             other = frame.direction(at[n1], at[n2])
-            if d < best and abs(way[0] * other[0] + way[1] * other[1]) > cosine:
-                best, size = d, frame.distance(at[n1], at[n2])
-                if published: ends = frame.distance(at[n1], place), frame.distance(at[n2], place)
-                else: ends = along, size - along
-                result[i] = (n1, n2, *ends)
+            dot = way[0] * other[0] + way[1] * other[1]
+            if d >= limit or abs(dot) <= cosine: continue
+            if published: ends = frame.distance(at[n1], place), frame.distance(at[n2], place)
+            else: ends = along, frame.distance(at[n1], at[n2]) - along
+            ends = [0. if end * unit < 1e-6 else end for end in ends]
+            facing = (n2, n1, *ends[::-1]) if dot < 0 else (n1, n2, *ends)
+            off = sum(abs(at[n][k] - truth_at[t][k]) for n, t in zip(facing, (u, v)) for k in (0, 1))
+            found.append((round(d * unit, 6), round(off * unit, 6), (n1, n2), facing))
+        if found: result[i] = min(found)[3]
     return result
 
 
@@ -171,18 +176,19 @@ def walk_corrected(net, frame, place, interval, reach):
         size = frame.distance(at[u], at[v])
         marbles.add((a0 + (a1 - a0) * t / size, b0 + (b1 - b0) * t / size,
                      frame.direction(at[min(u, v)], at[max(u, v)]), tuple(sorted((u, v)))))
+    eps = 1e-9 * interval   # a point on a node belongs to the roads that lead on from it
     for k in range(int(reach / interval) + 1):
-        if k * interval <= d1: drop(n1, n2, d1 - k * interval)
-        if k and k * interval < d2: drop(n1, n2, d1 + k * interval)
+        if k == 0 or k * interval < d1 - eps: drop(n1, n2, d1 - k * interval)
+        if k and k * interval < d2 - eps: drop(n1, n2, d1 + k * interval)
     for u in seen:
         for v in near[u]:
             if {u, v} == {n1, n2}: continue
             size = frame.distance(at[u], at[v])
-            k = math.ceil(seen[u] / interval)
-            while k * interval <= reach and k * interval - seen[u] < size:
+            k = math.ceil(seen[u] / interval - 1e-9)
+            while k * interval <= reach and k * interval - seen[u] < size - eps:
                 t = k * interval - seen[u]
-                other = seen[v] + size - t
-                if k * interval < other or (k * interval == other and u < v): drop(u, v, t)
+                gap = seen[v] + size - t - k * interval     # how much longer the way round is
+                if gap > eps or (gap > -eps and u < v): drop(u, v, t)
                 k += 1
     return sorted(marbles)
 
@@ -236,8 +242,9 @@ def thin(rows, net, frame, limit, look, keep, between):
 
 def topo_plain(truth, proposal, frame, p, published=True, region=None):
     "All of TOPO; `p` has lengths in the frame's unit and cosines."
-    places = starts(truth, frame, p["start_every"], published, region)
-    found = pairs(proposal, frame, places, truth[0], p["pair"], p["pair_cos"], published)
+    unit = 111_111. if frame.degrees else 1.
+    places = starts(truth, frame, p["start_every"], published, region, unit)
+    found = pairs(proposal, frame, places, truth[0], p["pair"], p["pair_cos"], published, unit)
     rows = []
     walk = walk_published if published else walk_corrected
     for i, place in found.items():
