@@ -75,14 +75,14 @@ def _read_listed(folder: Path, unlabelled: bool) -> pd.DataFrame:
     return make_table(place_rows(rows))
 
 def _official_counts(folder: Path) -> dict:
-    "Roads or buildings: by the folder's name."
-    return OFFICIAL_BUILDINGS if "building" in str(folder.resolve()).lower() else OFFICIAL
+    "Roads or buildings: the folder's own name tells."
+    return OFFICIAL_BUILDINGS if "building" in folder.resolve().name.lower() else OFFICIAL
 
 # %% ../../nbs/data/catalog.ipynb #310a44e3
 def _unknown(folder: Path) -> DataError:
     "What was looked for in a folder, what lies there instead, and what to do."
     where = folder.resolve()
-    files = [f for f in folder.iterdir() if f.is_file()]
+    files = [f for f in sorted(folder.iterdir()) if f.is_file()]
     images, layers = [f for f in files if is_raster(f)], [f for f in files if f.suffix.lower() in VECTORS]
     below = []
     for f in sorted((*folder.glob("*"), *folder.glob("*/*"))):

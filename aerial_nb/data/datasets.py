@@ -83,15 +83,12 @@ def _all_or_none(entry: Dataset, wanted: Request) -> None:
 def _get_massachusetts(entry: Dataset, wanted: Request) -> None:
     "Every tile of the six pages, or the named ones."
     if wanted.months: raise DataError(f"{entry.name} has no months; leave them out")
-    remotes = []
-    for split in ("train", "valid", "test"):
-        for kind in ("sat", "map"):
-            for url in list_page(f"{entry.base}/{split}/{kind}/index.html", line=wanted.line):
-                name = url.rsplit("/", 1)[1]
-                if not wanted.scenes or name.rsplit(".", 1)[0] in wanted.scenes:
-                    remotes.append(Remote(url, f"{split}/{kind}/{name}", page=entry.page))
-    _all_found(entry, wanted, {r.path.rsplit("/", 1)[1].rsplit(".", 1)[0] for r in remotes})
-    wanted.fetch(remotes)
+    remotes = [Remote(url, f"{split}/{kind}/{url.rsplit('/', 1)[1]}", page=entry.page)
+               for split in ("train", "valid", "test") for kind in ("sat", "map")
+               for url in list_page(f"{entry.base}/{split}/{kind}/index.html", line=wanted.line)]
+    tiles = [Path(r.path).stem for r in remotes]
+    _all_found(entry, wanted, set(tiles))
+    wanted.fetch([r for r, tile in zip(remotes, tiles) if not wanted.scenes or tile in wanted.scenes])
 
 def _all_found(entry: Dataset, wanted: Request, there) -> None:
     "Scenes that were asked for and are not in the list of the publisher."
@@ -320,8 +317,7 @@ def aerial_fetch(
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if not args.name:
-        with pd.option_context("display.max_colwidth", 48, "display.width", 200, "display.max_columns", None):
-            print(catalog()[["title", "task", "gsd_m", "size_gb", "account"]].to_string())
+        print(catalog()[["title", "task", "gsd_m", "size_gb", "account"]].rename_axis(None).to_string(max_colwidth=40))
         return 0
     scenes = [s for s in re.split(r"[,\s]+", args.scenes) if s]
     try: samples = fetch(args.name, args.folder, scenes, args.months, args.threads)

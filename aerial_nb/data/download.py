@@ -155,11 +155,12 @@ class Resuming:
     def __init__(self, remote: Remote, folder: Path, line: Line = PATIENT, bar=None):
         self.remote, self.line, self.bar = remote, line, bar
         self.final = Path(folder) / remote.path
-        self.part, self.resumed = Partial(self.final), False
+        self.part, self.resumed, self.whole = Partial(self.final), False, False
 
     def receive(self) -> None:
         "Until the partial file is whole."
-        self.line.keep_trying(self.remote, self._once, lambda: len(self.part))
+        if not self.whole: self.line.keep_trying(self.remote, self._once, lambda: len(self.part))
+        self.whole = True
 
     def __call__(self, url, output_file, pooch, check_only=False):
         "Called by pooch, which then compares the sum and gives the file its name."
@@ -176,7 +177,7 @@ class Resuming:
         if have and notes.get("mark"): headers["If-Range"] = notes["mark"]
         with self.line.get(self.remote, headers) as response:
             if have and not self._continues(response, have, notes): self.part.drop(); raise _Again("another version", 0)
-            if response.status_code == 200: self._whole(response); have = 0
+            if response.status_code == 200: self._begin(response); have = 0
             elif have: self.resumed = True
             else: raise _refused(self.remote, response.status_code)
             self._append(response, have)
@@ -190,7 +191,7 @@ class Resuming:
         if etag and mark.startswith('"') and etag != mark: return False
         return total is None or found.group(1) in ("*", str(total))
 
-    def _whole(self, response) -> None:
+    def _begin(self, response) -> None:
         "A file from its first byte: is it one, and is there room?"
         kind, name = response.headers.get("Content-Type", ""), Path(self.remote.path).suffix
         if kind.startswith("text/html") and name not in (".html", ".htm"):
@@ -204,7 +205,7 @@ class Resuming:
         "Append what comes, and know whether it was all."
         if self.bar is not None: self.bar.reset(total=(_length(response) or 0) + have or None); self.bar.update(have)
         with self.part.file.open("ab") as file:
-            for chunk in response.raw.stream(1 << 18, decode_content=True):
+            for chunk in response.raw.stream(1 << 14, decode_content=True):
                 file.write(chunk)
                 if self.bar is not None: self.bar.update(len(chunk))
             file.flush(); os.fsync(file.fileno())

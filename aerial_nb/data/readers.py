@@ -248,7 +248,7 @@ def spacenet7(
     if bare and not unlabelled:
         raise DataError(f"{root}: {len(bare)} images have no labels_match: {few(bare, 5)}; complete the copy, or pass unlabelled=True")
     if not rows: raise DataError(f"{root}: no image in images_masked of {few(there, 5)}; complete the copy")
-    return make_table(rows)
+    return make_table(rows, order=lambda r: (r["scene"], r["month"]))
 
 def _months_of(scene: Path, months: int | None, split: str) -> list[dict]:
     "Rows of one scene in the order of months, with the ground resolution of its first image."
@@ -311,8 +311,13 @@ def noted(
     samples = samples.reset_index(drop=True)
     if "city_tile" in mine: samples["scene"] = mine["city_tile"]
     extra = [c for c in mine if c not in samples and c not in ("split", "city_tile")]
-    samples = samples.assign(**{c: mine[c] for c in extra})
+    samples = samples.assign(**{c: _numbers(mine[c]) for c in extra})
     return _noted_split(samples, mine["split"].replace("val", "valid"), file) if "split" in mine else samples
+
+def _numbers(column: pd.Series) -> pd.Series:
+    "Numbers where all are, else the texts."
+    numbers = pd.to_numeric(column, errors="coerce")
+    return column if numbers.isna().any() else numbers
 
 def _noted_split(samples: pd.DataFrame, split: pd.Series, file: Path) -> pd.DataFrame:
     "Take a suggested split, unless it is unknown or parts what touches."

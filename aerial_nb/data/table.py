@@ -33,11 +33,12 @@ def make_table(
     rows: list[dict], # at least `image` and `scene`
     gsd_m=None,       # metres per pixel, where a row has none of its own
     fill=None,        # no-data colour, where a row has none of its own
+    order=lambda row: natural(row["image"]), # key of rows within a split
 ) -> pd.DataFrame: # samples table, by split and in natural order of names; further keys become further columns
     "Rows as a samples table."
     blank = dict(label="", split="", gsd_m=np.nan if gsd_m is None else float(gsd_m), valid="", fill=fill)
     rows = [blank | r | {c: str(r.get(c, "")) for c in ("image", "label", "valid")} for r in rows]
-    rows.sort(key=lambda r: (SPLITS.index(r["split"]) if r["split"] else 0, natural(r["image"])))
+    rows.sort(key=lambda r: (SPLITS.index(r["split"]) if r["split"] else 0, order(r)))
     columns = [*COLUMNS, *dict.fromkeys(k for r in rows for k in r if k not in COLUMNS)]
     kinds = {c: float if c == "gsd_m" else object for c in columns}
     return pd.DataFrame({c: pd.Series([r.get(c, "") for r in rows], dtype=kinds[c]) for c in columns})

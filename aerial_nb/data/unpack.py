@@ -9,6 +9,7 @@ __all__ = ['logger', 'Member', 'unpack', 'settle', 'find_7z']
 
 # %% ../../nbs/data/unpack.ipynb #53a2a3b6
 import errno
+import gzip
 import logging
 import lzma
 import os
@@ -60,7 +61,9 @@ def _members(archive: Path, strip: int):
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened: yield _zip_members(archive, opened, strip), len(opened.infolist())
     elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as opened: yield _tar_members(archive, opened, strip), None
+        with tarfile.open(archive) as opened:
+            yield _tar_members(archive, opened, strip), None
+            while opened.fileobj.read(1 << 20): pass   # to the end: the sum of a .gz is its last word
     else:
         raise DataError(f"{archive}: {archive.stat().st_size} bytes that are no zip, tar or 7z: cut short, or something else under that name; "
                         "delete it and fetch it again")
@@ -76,7 +79,7 @@ def unpack(
     archive, folder = Path(archive), Path(folder)
     if not archive.is_file(): raise DataError(f"{archive}: no such archive")
     waiting = folder / f".{archive.name}.unpacking"
-    with _told(archive, folder):
+    with _told(archive, folder, waiting):
         waiting.mkdir(parents=True, exist_ok=True)
         if ".7z" in archive.suffixes: return _unpack_7z(archive, folder, waiting)
         with _members(archive, strip) as (members, total):
@@ -108,20 +111,19 @@ def settle(waiting: Path, folder: Path) -> int:
     return done
 
 # %% ../../nbs/data/unpack.ipynb #7665410c
-_DAMAGE = zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError
+_DAMAGE = zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, RuntimeError
 
 @contextmanager
-def _told(archive: Path, folder: Path):
-    "Damage and a full disk, in words."
+def _told(archive: Path, folder: Path, waiting: Path):
+    "Damage and a full disk, in words; what came out of a damaged archive is not trusted."
     try: yield
     except _DAMAGE as error:
-        raise DataError(f"{archive}: a damaged archive ({error}); delete it and fetch it again; {folder} has none of its files yet") from None
+        shutil.rmtree(waiting, ignore_errors=True)
+        raise DataError(f"{archive}: a damaged archive ({error}); delete it and fetch it again; none of its files are in {folder}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(f"{folder}: no room to unpack {archive.name} ({error.strerror}); free some, and run the same command again: what is "
                             "unpacked is kept") from None
-        if isinstance(error, zlib.error) or error.errno is None:   # gzip: Not a gzipped file, CRC check failed
-            raise DataError(f"{archive}: a damaged archive ({error}); delete it and fetch it again") from None
         raise DataError(f"{folder}: cannot unpack {archive.name} there ({error.strerror or error}); choose another place with --folder") from None
 
 # %% ../../nbs/data/unpack.ipynb #efe223c4
