@@ -277,8 +277,8 @@ def _near(grid: Grid, layer: Layer, rules: Rules, allow_outside: bool) -> tuple[
     if np.isfinite(layer.bounds).all() and not _meet(frame, layer.bounds) and not allow_outside:
         raise _too_far(grid, layer, frame)
     table = layer.near(frame)
-    solid = ~(shapely.is_missing(table.geometry.array) | shapely.is_empty(table.geometry.array))
-    return table[solid], frame
+    bare = ~np.isfinite(shapely.bounds(table.geometry.to_numpy())).all(1)
+    return table[~bare] if bare.any() else table, frame
 
 def _ordered(areas, owner, near: int, repaired, kinds, grid: Grid, rules: Rules, layer: Layer) -> Shapes:
     "Areas in the order of burning, with their classes and ids, and the report."

@@ -10,13 +10,14 @@ __all__ = ['IGNORE', 'Grid', 'image_grid', 'way_between', 'reproject', 'measurin
 # %% ../../nbs/data/ground.ipynb #90cd03ca
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 import numpy as np
 import shapely
 from affine import Affine
 from pyproj import CRS, Transformer
 from pyproj.crs import ProjectedCRS
 from pyproj.crs.coordinate_operation import AzimuthalEquidistantConversion
-from .raster import GEOD, DataError, Pixels, open_raster
+from .raster import GEOD, DataError, open_raster
 from .vectors import PIXELS, resolve_crs
 
 # %% ../../nbs/data/ground.ipynb #d64a7caa
@@ -50,15 +51,16 @@ class Grid:
         return shapely.Polygon([(t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f) for x, y in corners])
 
 def image_grid(
-    image, # path of a raster, Pixels, or a Grid, which is returned as it is
+    image,                   # path of a raster, an open one, Pixels, or a Grid, which is returned as it is
+    name: str = "the image", # for messages, where there is no path
 ) -> Grid: # raises DataError: unreadable file, CRS that cannot be resolved
     "The grid of an image; a local CRS that names a real one is resolved."
     if isinstance(image, Grid): return image
-    if isinstance(image, Pixels): shape, crs, t, name = image.shape, image.crs, image.transform, "the image"
-    else:
-        with open_raster(image) as d: shape, crs, t, name = d.shape, d.crs, d.transform, str(image)
-    if crs is None or t is None or t.is_identity: return Grid(tuple(shape), name=name)
-    return Grid(tuple(shape), resolve_crs(crs, name), t, name)
+    if isinstance(image, (str, Path)):
+        with open_raster(image) as file: return image_grid(file, str(image))
+    t = image.transform
+    if image.crs is None or t is None or t.is_identity: return Grid(tuple(image.shape), name=name)
+    return Grid(tuple(image.shape), resolve_crs(image.crs, name), t, name)
 
 # %% ../../nbs/data/ground.ipynb #68520942
 @lru_cache(256)

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import rasterio
 from fastcore.script import call_parse
+from rasterio.enums import Interleaving
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 from tqdm.auto import tqdm
@@ -33,7 +34,7 @@ from . import burn, ground, masks, vectors
 from .burn import IGNORE, Rules, Shapes, as_ids, feature_classes, place_shapes
 from .catalog import list_rasters, sample_key
 from .ground import image_grid
-from .masks import CLASS_MAP_TAG, VECTORS, valid_rows
+from .masks import CLASS_MAP_TAG, VECTORS, tells_invalid, valid_rows
 from .raster import _QUIET, DataError, open_raster, write_bytes
 from .vectors import PIXELS, Layer, open_layer
 try: import fcntl
@@ -160,24 +161,22 @@ def mask_key(job: Job, setup: Setup, shared: list) -> str: # 64 hexadecimal digi
     inputs = [_stamp(p) if p else [] for p in (job.image, job.label, job.udm, job.valid)]
     return sha256(json.dumps([inputs, shared, asdict(setup), _code()], sort_keys=True, default=str).encode()).hexdigest()
 
-def _complete(path: Path) -> bool:
+def _complete(file) -> bool: # an open raster
     "Whether every block that a TIFF speaks of lies inside the file: true of other formats."
-    with open_raster(path) as d:
-        if d.driver != "GTiff": return True
-        size, (h, w) = Path(path).stat().st_size, d.block_shapes[0]
-        rows, cols = -(-d.height // h), -(-d.width // w)
-        ends = [int(d.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=b) or 0) +
-                int(d.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=b) or 0)
-                for b in ({1, d.count} if d.interleaving and d.interleaving.name == "band" else {1})
-                for y in range(rows) for x in range(cols)]
-        return max(ends) <= size
+    if file.driver != "GTiff" or not Path(file.name).is_file(): return True
+    (h, w), bands = file.block_shapes[0], {1, file.count} if file.interleaving == Interleaving.band else {1}
+    at = [(b, f"{x}_{y}") for b in bands for y in range(-(-file.height // h)) for x in range(-(-file.width // w))]
+    number = lambda kind, b, xy: int(file.get_tag_item(f"BLOCK_{kind}_{xy}", "TIFF", bidx=b) or 0)
+    size = Path(file.name).stat().st_size
+    return all(number("OFFSET", b, xy) + number("SIZE", b, xy) <= size for b, xy in at)
 
 def _finished(job: Job, key: str, instances: bool) -> dict | None:
     "The report of a mask that is there already, None when it has to be made."
     if not job.out.is_file() or instances and not _ids_path(job.out).is_file(): return None
     try:
-        with open_raster(job.out) as d: tags = d.tags()
-        if tags.get(_KEY) == key and _complete(job.out): return json.loads(tags[_REPORT])
+        with open_raster(job.out) as d:
+            tags = d.tags()
+            if tags.get(_KEY) == key and _complete(d): return json.loads(tags[_REPORT])
     except (DataError, ValueError, KeyError): return None
     return None
 
@@ -186,14 +185,18 @@ def _ids_path(out: Path) -> Path: return out.parent / "instances" / out.name
 # %% ../../nbs/data/maskfiles.ipynb #61dc2b0b
 _STRIP = 8_000_000
 
+@lru_cache(64)
+def _rasterio_crs(text: str): return rasterio.crs.CRS.from_wkt(text)
+
 def _create(part: Path, grid, dtype: str, nodata):
     "A new TIFF in the place of a grid; without georeference it has none either, which is legal here."
-    place = {} if grid.crs == PIXELS else {"crs": rasterio.crs.CRS.from_wkt(grid.crs.to_wkt()), "transform": grid.transform}
+    options = dict(driver="GTiff", width=grid.shape[1], height=grid.shape[0], count=1, dtype=dtype, nodata=nodata,
+                   compress="deflate", tiled=min(grid.shape) >= 256, bigtiff="if_safer")
+    if grid.crs != PIXELS:
+        return rasterio.open(part, "w", crs=_rasterio_crs(grid.crs.to_wkt()), transform=grid.transform, **options)
     with _QUIET, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        return rasterio.open(part, "w", driver="GTiff", width=grid.shape[1], height=grid.shape[0], count=1, dtype=dtype,
-                             nodata=nodata, compress="deflate", zlevel=6, tiled=min(grid.shape) >= 256,
-                             bigtiff="if_safer", **place)
+        return rasterio.open(part, "w", **options)
 
 @contextmanager
 def _new_raster(path: Path, grid, dtype: str, nodata=None):
@@ -202,8 +205,8 @@ def _new_raster(path: Path, grid, dtype: str, nodata=None):
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
         with _create(part, grid, dtype, nodata) as file: yield file
-        if not _complete(part): raise OSError(28, f"not all of {path.name} could be written: is the disk full?")
-        with part.open("rb+") as file: os.fsync(file.fileno())
+        with open_raster(part) as file:
+            if not _complete(file): raise OSError(28, f"not all of {path.name} could be written: is the disk full?")
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
@@ -215,14 +218,14 @@ def _strips(shape) -> list[tuple[int, int]]:
 
 def _write_mask(path: Path, grid, shapes: Shapes, read_valid, tags: dict) -> dict: # what became of it
     "Burn strip by strip into a new file, with its report among its tags."
-    counts = np.zeros(256, np.int64)
+    counts = dict.fromkeys(sorted({0, IGNORE, *shapes.classes.tolist()}), 0)
     with _new_raster(path, grid, "uint8", IGNORE) as file:
         for row, rows in _strips(grid.shape):
             strip = shapes.draw(row, rows)
-            strip[~read_valid(row, rows)] = IGNORE
-            counts += np.bincount(strip.ravel(), minlength=256)
+            if (real := read_valid(row, rows)) is not None: strip[~real] = IGNORE
+            for c in counts: counts[c] += np.count_nonzero(strip == c)
             file.write(strip, 1, window=Window(0, row, grid.shape[1], rows))
-        report = asdict(shapes.report) | {f"class_{c}": int(counts[c]) for c in np.flatnonzero(counts)}
+        report = asdict(shapes.report) | {f"class_{c}": int(n) for c, n in counts.items()}
         file.update_tags(**tags, **{_REPORT: json.dumps(report)})
     return report
 
@@ -242,15 +245,16 @@ def _class_names(rules: Rules) -> str:
 
 def _make(job: Job, setup: Setup, layer: Layer | None, key: str) -> dict:
     "Make one mask; raises whatever goes wrong."
-    grid = image_grid(job.image)
-    if not _complete(job.image):
+    with open_raster(job.image) as d:
+        grid, told, whole = image_grid(d, str(job.image)), tells_invalid(d), _complete(d)
+        if setup.decode or d.driver != "GTiff": told = "pixels"   # only the header of a TIFF shows that it was cut off
+    if not whole:
         raise DataError(f"{job.image}: truncated, its header speaks of more than its {job.image.stat().st_size:,} bytes; "
                         "copy or download it again")
     layer = layer or open_layer(job.label, setup.layer, setup.crs, setup.geometry)
     if setup.image_column: layer = layer.only(setup.image_column, job.image.stem)
     shapes = place_shapes(grid, layer, setup.rules, setup.allow_outside)
-    decode = setup.decode or job.image.suffix.lower() not in (".tif", ".tiff")   # only a TIFF's header shows truncation
-    read_valid = valid_rows(job.image, job.udm, job.valid, setup.fill, decode)
+    read_valid = valid_rows(job.image, job.udm, job.valid, setup.fill, told, grid)
     if setup.instances: _write_ids(_ids_path(job.out), grid, shapes, setup.instances)
     return _write_mask(job.out, grid, shapes, read_valid, {_KEY: key, CLASS_MAP_TAG: _class_names(setup.rules)})
 

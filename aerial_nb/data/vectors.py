@@ -73,6 +73,11 @@ def _looks(bounds) -> str:
     return (f"the coordinates, {span_text(bounds)}, are no degrees: pass the CRS of the map they were drawn on as crs=, "
             "often that of the image, or crs='pixels' for columns and rows")
 
+def _extent(geoms) -> tuple: # west, south, east, north; NaN where there is nothing
+    bounds = shapely.bounds(np.asarray(geoms))
+    return (*np.fmin.reduce(bounds[:, :2], initial=np.inf), *np.fmax.reduce(bounds[:, 2:], initial=-np.inf)) if \
+        np.isfinite(bounds).any() else (np.nan,) * 4
+
 def _checked_crs(found, asked, bounds, what: str, default=False) -> CRS:
     "The CRS of a layer, from what its file says (`default`: only by standard) and what the caller says."
     asked = None if asked is None else resolve_crs(asked, what)
@@ -187,9 +192,9 @@ def read_layer(
         if not path.exists(): raise DataError(f"{path}: no such file; looked from {Path.cwd()}")
         options = {k: v for k, v in (("columns", columns), ("bbox", None if bbox is None else tuple(bbox))) if v is not None}
         table, found, default = _read(path, layer, geometry, crs, options)
-    known = _checked_crs(found, crs, table.total_bounds, str(what), default)
+    known = _checked_crs(found, crs, _extent(table.geometry.array), str(what), default)
     if table.active_geometry_name != "geometry": table = table.rename_geometry("geometry")
-    table = table.set_crs(known, allow_override=True) if table.crs != known else table
+    if found is None or found != known: table = table.set_crs(known, allow_override=True)
     return table if bbox is None else table.iloc[np.sort(table.sindex.query(shapely.box(*bbox)))]
 
 # %% ../../nbs/data/vectors.ipynb #44cee3b5
@@ -210,7 +215,8 @@ class Layer:
         if self.table is None:
             found = pyogrio.read_dataframe(self.path, layer=self.layer, bbox=tuple(bounds))
             return found.set_crs(self.crs, allow_override=True)
-        return self.table.iloc[np.sort(self.table.sindex.query(shapely.box(*bounds)))]
+        found = np.sort(self.table.geometry.array.sindex.query(shapely.box(*bounds)))
+        return self.table if len(found) == len(self.table) else self.table.iloc[found]
 
     def only(self, column: str, name: str): # Layer; raises DataError when no row names the image
         "The rows whose column names an image: its stem, or what the stem ends with."
@@ -232,9 +238,10 @@ def _groups(layer: Layer, column: str) -> dict:
 
 def _held(table: gpd.GeoDataFrame, name: str) -> Layer:
     "A table in memory as a layer."
-    _ = table.sindex   # built here, once, and not by every thread
-    bare = ~np.isfinite(shapely.bounds(table.geometry.array)).all(1)
-    return Layer(name, table.crs, tuple(table.total_bounds), len(table), int(bare.sum()), table)
+    geoms = table.geometry.array
+    _ = geoms.sindex   # built here, once, and not by every thread
+    bare = ~np.isfinite(shapely.bounds(geoms)).all(1)
+    return Layer(name, geoms.crs, _extent(geoms), len(table), int(bare.sum()), table)
 
 # %% ../../nbs/data/vectors.ipynb #2a1a3dda
 def open_layer(
