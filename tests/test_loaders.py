@@ -14,9 +14,11 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 
 from aerial_nb.data.loaders import (
-    CropDataset, EpochCrops, Stats, batch_rgb, channel_stats, crop_loaders, loaders, to_rgb)
+    CropDataset, EpochCrops, Stats, batch_rgb, channel_stats, crop_loaders, loaders, to_rgb, value_limits)
+from aerial_nb.data.presets import Augment
 from aerial_nb.data.raster import DataError, write_raster
 from aerial_nb.data.tiles import TileStore, draw_crops, fixed_crops, grid_crops, read_crop
+from aerial_nb.data.warp import Layers
 
 REAL = Path(__file__).parents[1] / "../shared/data"
 
@@ -225,6 +227,51 @@ def test_crop_loaders(store):
         crop_loaders(store, store, 32, 4, 8, n_valid=0)
     with pytest.raises(TypeError, match="unexpected keyword"):
         crop_loaders(store, store, 32, 4, 8, min_vaild=0.9)
+
+
+# ---- augmented crops
+
+def test_limits_of_brightness(tmp_path, store):
+    assert value_limits(store) == (0, 255)
+    rng = np.random.default_rng(0)
+    images = rng.integers(500, 2000, (2, 4, 50, 60)).astype("uint16")
+    valid = np.ones((2, 50, 60), bool)
+    valid[:, :20], images[:, :, :20] = False, 65535
+    low, high = value_limits(make_store(tmp_path, images, valid=valid))
+    assert 500 <= low < 510 and 1990 < high < 2000
+    for folder, image, said in (("flat", np.full((1, 9, 9), 7, "uint16"), "one value throughout"), ("none", np.zeros((1, 9, 9), "uint16"), "no valid pixel")):
+        with pytest.raises(DataError, match=said): value_limits(make_store(tmp_path / folder, [image], valid=[image[0] > 0]))
+
+
+def test_crops_are_looked_up_in_their_tile(store):
+    ds = CropDataset(store, partial(draw_crops, store, 12, 32, 4, d4=False), 32, Augment("MEDIUM", seed=1))
+    for epoch in (0, 2):
+        ds.set_epoch(epoch)
+        for i in range(12):
+            t, row, col, _ = ds.plan[i].item()
+            whole = Layers(store.image(t), store.mask(t), store.valid(t))
+            expected = Augment("MEDIUM", seed=1)(whole, epoch, i, row, col, 32)
+            image, mask = ds[i]
+            np.testing.assert_array_equal(image.numpy(), expected.image)
+            np.testing.assert_array_equal(mask.numpy(), expected.mask)
+
+
+def test_a_fixed_plan_is_augmented_anew_each_epoch(store):
+    ds = CropDataset(store, fixed_crops(store, 4, 32), 32, Augment("FASTAI"))
+    first = ds.batch(range(4))[0].clone()
+    ds.set_epoch(1)
+    assert not torch.equal(ds.batch(range(4))[0], first)
+    ds.set_epoch(0)
+    assert torch.equal(ds.batch(range(4))[0], first)
+
+
+def test_crop_loaders_with_a_preset(store):
+    dls = crop_loaders(store, store, 32, 4, 8, augment=Augment("HEAVY"))
+    assert not dls.train.dataset.plan["d4"].any() and dls.valid.dataset.augment is None
+    assert dls.train.one_batch()[0].shape == (4, 3, 32, 32)
+    with pytest.raises(ValueError, match="draw the plan with d4=False"): CropDataset(store, draw_crops(store, 20, 32, 0), 32, Augment("LIGHT"))
+    with pytest.raises(DataError, match="augmentation for 4 of uint8"):
+        CropDataset(store, fixed_crops(store, 4, 32), 32, Augment("MEDIUM_BANDS", bands=4))[0]
 
 
 # ---- the callback

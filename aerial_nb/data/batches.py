@@ -10,7 +10,7 @@ __all__ = ['logger', 'FITS', 'CLASS_COLOURS', 'Sampling', 'fit', 'TileDataset', 
 # %% ../../nbs/data/batches.ipynb #3e36e0c9
 import logging
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 import cv2
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .raster import DataError
 from .sampling import draw_tiles, draw_weighted, epoch_crops, tile_weights
 from .splits import ensure_split
 from .tiles import CROP, CropRule, TileStore, grid_crops
-from .warp import Layers, Move
+from .warp import Layers
 
 # %% ../../nbs/data/batches.ipynb #2669a14e
 logger = logging.getLogger(__name__)
@@ -50,15 +50,16 @@ class Sampling:
         "The chance of each training tile."
         return tile_weights(store, self.drop_empty, self.density)
 
-    def plan(self, store: TileStore, size: int, seed: int):
-        "A function of the epoch that draws its plan."
+    def plan(self, store: TileStore, size: int, seed: int, bs: int):
+        "A function of the epoch that draws its plan; by default at least one batch."
         weights = self.weights(store)
-        if self.whole: return partial(draw_tiles, store, self.n_train or int((weights > 0).sum()), weights, seed)
+        ground = int((weights > 0).sum()) if self.whole else epoch_crops(store, size, weights)
+        n = self.n_train or max(ground, bs)
+        if self.whole: return partial(draw_tiles, store, n, weights, seed)
         share, least = self.balance or (0.0, 0.0)
         rules = {CropRule(size, self.min_valid, least): share, CropRule(size, self.min_valid): 1.0 - share}
         rules = {rule: part for rule, part in rules.items() if part} if share else {CropRule(size, self.min_valid): 1.0}
-        n = self.n_train or epoch_crops(store, size, weights)
-        return lambda epoch: draw_weighted(store, n, rules, weights, seed, epoch, d4=False)
+        return partial(draw_weighted, store, n, rules, weights, seed, d4=False)
 
 # %% ../../nbs/data/batches.ipynb #e056c117
 def fit(
@@ -141,7 +142,7 @@ def dataloaders(
     stats, augment = _prepared(train, preset, seed)
     kind = partial(TileDataset, how=sampling.whole) if sampling.whole else CropDataset
     grid = np.array([(i, 0, 0, 0) for i in range(len(valid))], CROP) if sampling.whole else grid_crops(valid, size)
-    sets = [kind(train, sampling.plan(train, size, seed), size, augment), kind(valid, spread(grid, sampling.n_valid), size)]
+    sets = [kind(train, sampling.plan(train, size, seed, bs), size, augment), kind(valid, spread(grid, sampling.n_valid), size)]
     for ds, rows in zip(sets, parts.values()): ds.gsd_m = rows["gsd_m"].astype(float).tolist()
     made = AerialLoaders(*loaders(*sets, bs, stats, workers, device).loaders, device=torch.device(device))
     made.stats, made.classes = stats, tuple(classes)

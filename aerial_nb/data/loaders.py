@@ -12,6 +12,7 @@ __all__ = ['logger', 'Stats', 'channel_stats', 'value_limits', 'CropDataset', 'N
 import logging
 from dataclasses import dataclass
 from functools import lru_cache, partial
+import cv2
 import numpy as np
 import torch
 from fastai.callback.core import Callback
@@ -178,6 +179,7 @@ class Normalise:
 
 class CropLoader(DataLoader):
     "fastai DataLoader that cuts a whole batch at once, with the valid pixels as far as the normalisation."
+    def wif(self): cv2.setNumThreads(0)  # in a worker: OpenCV's own threads do not survive the fork
     def create_item(self, s): return s
     def do_batch(self, indices): return self.dataset.batch(indices)  # one copy a crop, no collating
 

@@ -55,7 +55,8 @@ def _toned(image, limits, curve: Callable):
     low, high = limits
     span = np.float32(high - low)
     change = lambda v: curve((v.astype(np.float32) - np.float32(low)) / span) * span + np.float32(low)
-    if image.dtype == np.uint8: return cv2.LUT(image, change(np.arange(256)).round().clip(0, 255).astype("uint8"))
+    if image.dtype == np.uint8:
+        return cv2.LUT(image, change(np.arange(256)).round().clip(0, 255).astype("uint8")).reshape(image.shape)
     out = change(image)
     if image.dtype.kind == "f": return out.astype(image.dtype)
     ends = np.iinfo(image.dtype)

@@ -11,6 +11,7 @@ __all__ = ['BEND_SPACING_PX', 'Move', 'ground', 'Extra', 'Layers', 'cut', 'turne
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 import cv2
 import numpy as np
 from .augment import d4
@@ -84,15 +85,15 @@ class Layers:
         if len(set(shapes.values())) > 1 or np.ndim(self.image) != 3:
             raise DataError(f"layers of one tile must have one size and the image its bands first, got {shapes} and "
                             f"an image of {np.ndim(self.image)} dimensions")
+        if self.mask.dtype != np.uint8: raise DataError(f"a class map is uint8 with 255 for ignored pixels, got {self.mask.dtype}")
 
 # %% ../../nbs/data/warp.ipynb #fb59f6d0
-_NEAREST = {"b1": "u1", "i1": "u1", "u4": "i4"}  # as OpenCV knows them; the bits are only carried
 _SMOOTH = {"i1": "i2", "f2": "f4", **dict.fromkeys(("i4", "u4", "i8", "u8"), "f8")}  # as it can interpolate them
 
 class _Look:
     "How the pixels of a result find theirs in a window of the tile."
-    def __init__(self, move: Move, size: int, row: int, col: int):
-        self.size, self.maps, self.matrix = size, None, move.matrix(size)
+    def __init__(self, move: Move, size: int, row: int, col: int, shape: tuple):
+        self.size, self.shape, self.maps, self.matrix = size, shape, None, move.matrix(size)
         self.matrix[:, 2] -= col, row
         if move.bend_px: self.maps = _bent(self.matrix, move, size)
 
@@ -107,14 +108,17 @@ class _Look:
         out = self(plane.astype(kind) if kind else plane, cv2.INTER_LINEAR, border)
         return (out.round() if kind == "f8" else out).astype(plane.dtype, copy=False)
 
-    def nearest(self, plane, fill=0):
+    def nearest(self, plane, fill):
         "The nearest pixel, in the type of the plane."
-        kind = _NEAREST.get(plane.dtype.str[1:])
-        if plane.dtype.itemsize == 8:
-            if plane.dtype.kind in "iu" and plane.size and np.abs(plane).max() >= 2**53:
-                raise DataError("numbers of 2**53 and more cannot be moved: number the instances of a tile from 1")
-            return self(plane.astype("f8"), cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, fill).astype(plane.dtype)
-        return self(plane.view(kind) if kind else plane, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, fill).view(plane.dtype)
+        outside, index = self.index
+        return np.where(outside, fill, plane.ravel()[index]).astype(plane.dtype, copy=False)
+
+    @cached_property
+    def index(self) -> tuple[np.ndarray, np.ndarray]:
+        "Whether each pixel looks beyond the window, and where in it: one rounding for all layers."
+        x, y = (np.rint(m).astype(np.intp) for m in self.maps or _where(self.matrix, self.size))
+        rows, cols = self.shape
+        return (x < 0) | (y < 0) | (x >= cols) | (y >= rows), y.clip(0, rows - 1) * cols + x.clip(0, cols - 1)
 
 # %% ../../nbs/data/warp.ipynb #1eb418d3
 BEND_SPACING_PX = 32  # between the free points of a bend: far more than bend_px, so that nothing folds
@@ -125,9 +129,13 @@ def _bent(matrix, move: Move, size: int) -> tuple[np.ndarray, np.ndarray]:
     knots = (2, *[size // BEND_SPACING_PX + 3] * 2)
     dx, dy = (cv2.resize(plane, (size, size), interpolation=cv2.INTER_CUBIC).clip(-1, 1) * move.bend_px
               for plane in 2 * stream.random(knots) - 1)
-    along = np.arange(size)
-    x, y = (m[0] * along[None] + m[1] * along[:, None] + m[2] for m in matrix)
+    x, y = _where(matrix, size)
     return (x + dx).astype("float32"), (y + dy).astype("float32")
+
+def _where(matrix, size: int) -> list:
+    "Columns and rows to look at, (size, size) float64."
+    along = np.arange(size)
+    return [m[0] * along[None] + m[1] * along[:, None] + m[2] for m in matrix]
 
 # %% ../../nbs/data/warp.ipynb #a3e7f05b
 def cut(
@@ -152,7 +160,7 @@ def cut(
     part = Layers(window(tile.image), window(tile.mask), window(tile.valid).astype(bool, copy=False),
                   {n: replace(e, array=window(e.array)) for n, e in tile.extras.items()})
     if move.exact and whole: done = _turn(part, move.k)
-    else: done = _look(part, _Look(move, size, top - row, left - col), whole)
+    else: done = _look(part, _Look(move, size, top - row, left - col, part.valid.shape), whole)
     if not done.shown.all():
         done.image[:, ~done.shown] = np.reshape(fill, (-1, 1))
     return replace(done, extras={n: replace(e, array=e.after(e.array, move)) if e.after else e
@@ -168,12 +176,13 @@ def _turn(part: Layers, k: int) -> Layers:
 def _look(part: Layers, look: _Look, whole: bool) -> Layers:
     "Every other move, and crops that reach beyond the tile."
     full, image = part.valid.all(), part.image
-    if not full and image.dtype.kind == "f": image = np.where(part.valid, image, 0)  # NaN would spread
+    if not full: image = np.where(part.valid, image, 0)  # NaN would spread; and white, by a thousandth
     image = np.stack([look.smooth(band) for band in image])
     share = part.valid.view(np.uint8) * np.uint8(255)
     shown = np.ones((look.size,) * 2, bool) if full else look.smooth(share) == 255
     valid = shown.copy() if whole else look.smooth(share, cv2.BORDER_CONSTANT) == 255
-    mask = look.nearest(part.mask, IGNORE)
+    if part.extras: mask = look.nearest(part.mask, IGNORE)   # one rounding for all, where there are several
+    else: mask = look(part.mask, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, IGNORE)
     mask[~valid] = IGNORE
     extras = {}
     for name, extra in part.extras.items():
