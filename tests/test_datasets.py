@@ -188,6 +188,8 @@ def test_a_download_that_stops_is_said_to_be_half(host, tmp_path):
         got(entry, scenes=TILES)
     with pytest.raises(DataError, match=f"the download was not finished; continue it with: aerial_fetch massachusetts_roads --scenes {','.join(TILES)}"):
         open_samples("massachusetts_roads")
+    with pytest.raises(DataError, match="the download was not finished.*or remove .incomplete to take what is there"):
+        open_samples(tmp_path / "data/massachusetts_roads")
     host.script.clear()
     assert len(got(entry, scenes=TILES)) == 3 and len(open_samples("massachusetts_roads")) == 3
     assert not (tmp_path / "data/massachusetts_roads/.incomplete").exists()

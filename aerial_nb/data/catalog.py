@@ -22,7 +22,7 @@ from .checks import (check_samples, given, inspect_samples, read_sample, scan_sa
 from .raster import DataError, raster_info
 from .readers import (OFFICIAL, OFFICIAL_BUILDINGS, csv_of_pairs, deepglobe, image_label_folders, inria,
                                     inria_root, is_massachusetts, listed, massachusetts, massachusetts_buildings,
-                                    massachusetts_position, noted, official_folders, sat2graph, sat2graph_root, spacenet7,
+                                    massachusetts_position, noted, official_folders, refuse_half, sat2graph, sat2graph_root, spacenet7,
                                     spacenet7_root)
 from .splits import SPLITS
 from .table import (COLUMNS, SUFFIXES, VECTORS, few, is_raster, list_rasters, make_table, place_rows,
@@ -119,6 +119,7 @@ def open_samples(
                         f"{', '.join(DATASETS)}")
     if not any(folder.iterdir()):
         raise DataError(f"{folder.resolve()}: the folder is empty; was the download completed?")
+    refuse_half(folder)
     if reader := find_reader(folder): return reader(folder, unlabelled)
     if unlabelled and any(map(is_raster, folder.iterdir())): return samples_from(folder)
     raise _unknown(folder)

@@ -24,8 +24,8 @@ from pathlib import Path
 import pandas as pd
 from .download import PATIENT, Line, Remote, fetch_files, list_bucket, list_page
 from .raster import DataError
-from .readers import (deepglobe, inria, inria_root, massachusetts, massachusetts_buildings, sat2graph,
-                                    spacenet7, spacenet7_month)
+from .readers import (deepglobe, inria, inria_root, massachusetts, massachusetts_buildings, refuse_half,
+                                    sat2graph, spacenet7, spacenet7_month)
 from .table import few
 from .unpack import find_7z, unpack
 from ..settings import settings
@@ -290,9 +290,8 @@ def downloaded(
 ) -> pd.DataFrame: # samples table; raises DataError with the command that fetches it
     "Open a data set that was downloaded before."
     entry = dataset(name)
-    home, note = _home(entry.name, folder), _home(entry.name, folder) / ".incomplete"
-    if note.is_file():
-        raise DataError(f"{home}: the download was not finished; continue it with: {note.read_text(encoding='utf-8').strip()}")
+    home = _home(entry.name, folder)
+    refuse_half(home)
     if not home.is_dir() or not any(home.iterdir()):
         needs = f" (it takes {entry.account})" if entry.account else ""
         raise DataError(f"{entry.name} is not here yet: looked in {home}; fetch its {entry.size_gb:g} GB with: {_command(entry.name, folder)}{needs}, or "

@@ -176,42 +176,44 @@ class Resuming:
         headers = {"Range": f"bytes={have}-"} if have else {}
         if have and notes.get("mark"): headers["If-Range"] = notes["mark"]
         with self.line.get(self.remote, headers) as response:
-            if have and not self._continues(response, have, notes): self.part.drop(); raise _Again("another version", 0)
-            if response.status_code == 200: self._begin(response); have = 0
+            if have and not _continues(response, have, notes): self.part.drop(); raise _Again("another version", 0)
+            if response.status_code == 200: _begin(self, response); have = 0
             elif have: self.resumed = True
             else: raise _refused(self.remote, response.status_code)
-            self._append(response, have)
+            _append(self, response, have)
 
-    def _continues(self, response, have: int, notes: dict) -> bool:
-        "Whether a partial answer fits what is here; a whole one always does."
-        if response.status_code == 200: return True
-        found = re.fullmatch(rf"bytes {have}-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        if response.status_code != 206 or not found: return False
-        etag, mark, total = response.headers.get("ETag"), notes.get("mark", ""), notes.get("total")
-        if etag and mark.startswith('"') and etag != mark: return False
-        return total is None or found.group(1) in ("*", str(total))
+# %% ../../nbs/data/download.ipynb #1dde792c
+def _continues(response, have: int, notes: dict) -> bool:
+    "Whether a partial answer fits what is here; a whole one always does."
+    if response.status_code == 200: return True
+    found = re.fullmatch(rf"bytes {have}-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if response.status_code != 206 or not found: return False
+    etag, mark, total = response.headers.get("ETag"), notes.get("mark", ""), notes.get("total")
+    if etag and mark.startswith('"') and etag != mark: return False
+    return total is None or found.group(1) in ("*", str(total))
 
-    def _begin(self, response) -> None:
-        "A file from its first byte: is it one, and is there room?"
-        kind, name = response.headers.get("Content-Type", ""), Path(self.remote.path).suffix
-        if kind.startswith("text/html") and name not in (".html", ".htm"):
-            raise DataError(f"{self.remote.url}: {_host(response.url)} sent a web page instead of {Path(self.remote.path).name}: a log-in or "
-                            f"a question; open {self.remote.page or self.remote.url} in a browser, and download it by hand")
-        self.part.begin(self.remote.url, response)
-        need, free = _length(response) or self.remote.size or 0, _free(self.final)
-        if need > free: raise OSError(errno.ENOSPC, f"needs {need / 1e9:.2f} GB")
+def _begin(load: Resuming, response) -> None:
+    "A file from its first byte: is it one, and is there room?"
+    remote, kind = load.remote, response.headers.get("Content-Type", "")
+    if kind.startswith("text/html") and Path(remote.path).suffix not in (".html", ".htm"):
+        raise DataError(f"{remote.url}: {_host(response.url)} sent a web page instead of {Path(remote.path).name}: a log-in or a question; open "
+                        f"{remote.page or remote.url} in a browser, and download it by hand")
+    load.part.begin(remote.url, response)
+    need, free = _length(response) or remote.size or 0, _free(load.final)
+    if need > free: raise OSError(errno.ENOSPC, f"needs {need / 1e9:.2f} GB")
 
-    def _append(self, response, have: int) -> None:
-        "Append what comes, and know whether it was all."
-        if self.bar is not None: self.bar.reset(total=(_length(response) or 0) + have or None); self.bar.update(have)
-        with self.part.file.open("ab") as file:
-            for chunk in response.raw.stream(1 << 14, decode_content=True):
-                file.write(chunk)
-                if self.bar is not None: self.bar.update(len(chunk))
-            file.flush(); os.fsync(file.fileno())
-        total = self.part.version(self.remote.url).get("total")
-        if total is not None and len(self.part) < total: raise _Again(f"{_host(self.remote.url)} stopped at {len(self.part)} of {total} bytes")
-        if total is not None and len(self.part) > total: self.part.drop(); raise _Again("more bytes than announced")
+def _append(load: Resuming, response, have: int) -> None:
+    "Append what comes, and know whether it was all."
+    part, bar = load.part, load.bar
+    if bar is not None: bar.reset(total=(_length(response) or 0) + have or None); bar.update(have)
+    with part.file.open("ab") as file:
+        for chunk in response.raw.stream(1 << 14, decode_content=True):
+            file.write(chunk)
+            if bar is not None: bar.update(len(chunk))
+        file.flush(); os.fsync(file.fileno())
+    total = part.version(load.remote.url).get("total")
+    if total is not None and len(part) < total: raise _Again(f"{_host(load.remote.url)} stopped at {len(part)} of {total} bytes")
+    if total is not None and len(part) > total: part.drop(); raise _Again("more bytes than announced")
 
 # %% ../../nbs/data/download.ipynb #c00cd3a8
 @contextmanager
@@ -330,6 +332,7 @@ def list_page(
     if not files: raise DataError(f"{url}: no link to a {' or '.join(suffixes)}: the page has changed; look at it in a browser")
     return files
 
+# %% ../../nbs/data/download.ipynb #5d9af9af
 def list_bucket(
     base: str,      # https://BUCKET.s3.amazonaws.com
     prefix: str,    # folder inside, ends with /

@@ -6,9 +6,9 @@ Readers of published data sets into the samples table, with their published spli
 
 # %% auto #0
 __all__ = ['logger', 'OFFICIAL', 'OFFICIAL_BUILDINGS', 'INRIA_CITIES', 'AUSTIN', 'SPACENET7_VALID', 'massachusetts_position',
-           'official_folders', 'csv_of_pairs', 'listed', 'image_label_folders', 'is_massachusetts', 'massachusetts',
-           'massachusetts_buildings', 'deepglobe', 'inria_root', 'inria_split', 'inria', 'spacenet7_month',
-           'spacenet7_root', 'spacenet7', 'sat2graph_split', 'sat2graph_root', 'sat2graph', 'noted']
+           'official_folders', 'csv_of_pairs', 'listed', 'image_label_folders', 'refuse_half', 'is_massachusetts',
+           'massachusetts', 'massachusetts_buildings', 'deepglobe', 'inria_root', 'inria_split', 'inria',
+           'spacenet7_month', 'spacenet7_root', 'spacenet7', 'sat2graph_split', 'sat2graph_root', 'sat2graph', 'noted']
 
 # %% ../../nbs/data/readers.ipynb #bd746149
 import logging
@@ -117,6 +117,13 @@ def image_label_folders(folder: Path) -> dict | None:
     found = dict(images=first(_IMAGES), labels=first(_LABELS), valid=first(("valid",)))
     return found if found["images"] and found["labels"] else None
 
+def refuse_half(folder: Path) -> None:
+    "Half a data set looks like a whole one: a download that was not finished leaves a note with the command that continues it."
+    note = folder / ".incomplete"
+    if note.is_file():
+        raise DataError(f"{folder}: the download was not finished; continue it with: {note.read_text(encoding='utf-8').strip()} (or remove "
+                        f"{note.name} to take what is there)")
+
 def is_massachusetts(names) -> bool:
     "Whether all names are those of its tiles, as first published or as the samples of others."
     names = list(names)
@@ -172,7 +179,7 @@ _CITY = re.compile(r"([a-z]+(?:-[a-z])?)(\d+)")
 
 def inria_root(folder: Path) -> Path | None:
     "The folder that holds train/images and train/gt."
-    options = folder, folder / "AerialImageDataset", *folder.glob("*/AerialImageDataset")
+    options = folder, folder / "AerialImageDataset", folder / "NEW2-AerialImageDataset" / "AerialImageDataset"
     return next((f for f in options if has_rasters(f / "train" / "images") and (f / "train" / "gt").is_dir()), None)
 
 def inria_split(city: str, number: int, split: str) -> str:
@@ -221,7 +228,7 @@ def spacenet7_month(path) -> str:
 
 def spacenet7_root(folder: Path) -> Path | None:
     "The folder whose folders are scenes."
-    options = folder, folder / "train", folder / "test_public", *folder.glob("*/train")
+    options = folder, folder / "train", folder / "test_public", folder / "SN7_buildings_train" / "train"
     return next((f for f in options if f.is_dir() and next(f.glob("*/images_masked"), None)), None)
 
 def _by_month(folder: Path) -> dict:
