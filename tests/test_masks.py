@@ -3,15 +3,18 @@
 import warnings
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import shapely
+from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rasterio.errors import NotGeoreferencedWarning
 
-from aerial_nb.data.masks import read_class_map
+from aerial_nb.data.masks import Rules, class_map, read_class_map, valid_rows
 from aerial_nb.data.raster import DataError, read_pixels, write_raster
 
 REAL = Path(__file__).parents[1] / "../shared/data"
@@ -188,6 +191,110 @@ def test_truncated_mask_is_named(tmp_path):
         read_class_map(file)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+@pytest.mark.parametrize("tag", [0, 1, 255])
+def test_a_nodata_tag_on_a_class_hides_nothing(tmp_path, dtype, tag):
+    "The 16-bit Vegas trap: a reader that obeys the tag sees no building at all."
+    file = write_raster(tmp_path / "m.tif", ROAD.astype(dtype), nodata=tag)
+    with rasterio.open(file) as d:
+        assert d.read(1, masked=True).mask.any() == (tag != 255)  # what the polite reader would hide
+    assert (read_class_map(file) == ROAD).all()
+
+
+def test_more_classes_with_the_tag_on_one_of_them_are_refused(tmp_path):
+    values = np.array([[0, 1, 2, 3]], "uint16")
+    file = write_raster(tmp_path / "m.tif", values, nodata=2)
+    with pytest.raises(DataError, match=r"values 0, 1, 2, 3 \(nodata tag 2\) is neither 0/1 nor 0/255; pass positive="):
+        read_class_map(file)
+    assert read_class_map(file, classes={v: v for v in range(4)}).tolist() == values.tolist()
+
+
+def test_a_class_map_that_says_so_is_taken_at_its_word(tmp_path):
+    values = np.array([[0, 2, 255], [0, 0, 0]], "uint8")
+    file = write_raster(tmp_path / "m.tif", values, nodata=255)
+    with pytest.raises(DataError, match="nodata tag 255"):
+        read_class_map(file)
+    with rasterio.open(file, "r+") as d:
+        d.update_tags(AERIAL_CLASS_MAP="0 background; 2 shed; 255 ignored")
+    assert read_class_map(file).tolist() == values.tolist()
+    assert read_class_map(file, positive=2).tolist() == [[0, 1, 0], [0, 0, 0]]  # but the caller has the last word
+
+
+# Vectors
+
+
+PLACE = dict(crs="EPSG:32633", transform=Affine(0.5, 0, 500_000, 0, -0.5, 5_400_000))
+
+
+def house(x0, y0, x1, y1, crs="EPSG:32633"):
+    "A table with one box, given in pixels."
+    t = PLACE["transform"]
+    shape = shapely.box(t.c + x0 * t.a, t.f + y1 * t.e, t.c + x1 * t.a, t.f + y0 * t.e)
+    return gpd.GeoDataFrame(geometry=[shape], crs="EPSG:32633").to_crs(crs)
+
+
+def expected(invalid, x0=10, y0=10, x1=30, y1=25, shape=(40, 50)):
+    out = np.zeros(shape, "uint8")
+    out[y0:y1, x0:x1] = 1
+    out[invalid] = 255
+    return out
+
+
+INVALID = np.zeros((40, 50), bool)
+INVALID[5:15, 20:45] = True
+IMAGE = np.random.default_rng(4).integers(1, 255, (3, 40, 50)).astype("uint8")
+
+
+@pytest.mark.parametrize("how", ["nodata", "mask", "alpha", "nan", "fill", "valid", "udm", "udm polygon", "nothing"])
+def test_where_there_is_no_image_the_map_is_255(tmp_path, how):
+    image, told, options = IMAGE.copy(), {}, {}
+    if how in ("nodata", "fill"):
+        image[:, INVALID] = 0
+    if how == "nodata":
+        told["nodata"] = 0
+    if how == "mask":
+        told["valid"] = ~INVALID
+    if how == "nan":
+        image = np.where(INVALID, np.nan, image).astype("float32")
+    file = write_raster(tmp_path / "i.tif", image, **PLACE, **told)
+    if how == "alpha":
+        with rasterio.open(
+            file, "w", driver="GTiff", width=50, height=40, count=4, dtype="uint8", alpha="yes", photometric="rgb", **PLACE
+        ) as d:
+            d.write(np.concatenate([image, np.where(INVALID, 0, 255)[None].astype("uint8")]))
+    if how == "fill":
+        options["fill"] = (0, 0, 0)
+    if how == "valid":
+        options["valid"] = write_raster(tmp_path / "v.png", (~INVALID * 255).astype("uint8"))
+    if how == "udm":
+        options["udm"] = write_raster(tmp_path / "u.tif", INVALID.astype("uint8") * 4, **PLACE)
+    if how == "udm polygon":
+        options["udm"] = tmp_path / "clouds.geojson"
+        house(20, 5, 45, 15, 4326).to_file(options["udm"])
+    made, report = class_map(file, house(10, 10, 30, 25, 4326), **options)
+    assert (made == expected(INVALID if how != "nothing" else np.zeros_like(INVALID))).all()
+    assert report.burned == 1
+    if not options:
+        assert (class_map(read_pixels(file), house(10, 10, 30, 25))[0] == made).all()
+    rows = valid_rows(file, **options)
+    strips = [rows(r, 8) for r in range(0, 40, 8)]
+    assert how == "nothing" and strips == [None] * 5 or (np.concatenate(strips) == (made != 255)).all()
+
+
+def test_a_udm_of_another_size(tmp_path):
+    file = write_raster(tmp_path / "i.tif", IMAGE, **PLACE)
+    udm = write_raster(tmp_path / "u.tif", INVALID[:-1].astype("uint8"))
+    with pytest.raises(DataError, match="u.tif: UDM of 39 x 50 pixels for an image of 40 x 50"):
+        class_map(file, house(1, 1, 2, 2), udm=udm)
+
+
+def test_roads_over_houses(tmp_path):
+    both = pd.concat([house(10, 10, 30, 25).assign(kind="house"), house(20, 5, 25, 40).assign(kind="path")])
+    image = write_raster(tmp_path / "i.tif", IMAGE, **PLACE)
+    made, _ = class_map(image, both, Rules("kind", {"house": 1, "path": 2}))
+    assert made[15, [12, 22, 27]].tolist() == [1, 2, 1]
+
+
 # Real masks
 
 
@@ -237,6 +344,19 @@ def test_real_mask_with_misleading_nodata():
     with rasterio.open(mask) as d:
         plain = d.read(1)
     assert plain.any() and (read_class_map(mask) == plain).all()
+    with rasterio.open(mask) as d:
+        assert d.nodata == 1 and not d.read(1, masked=True).filled(0).any()  # what obeying the tag would give
+    image = read_pixels(real("spacenet", "vegas_buildings_16bit", "image.tif"))
+    assert (read_class_map(mask, valid=image.valid) == 1).sum() == plain.sum()
+
+
+def test_real_mask_of_438_for_an_image_of_439():
+    folder = real("spacenet", "rio_buildings")
+    sizes = {f.stem: read_pixels(f).shape for f in (folder / "images").glob("*.tif")}
+    small, large = (next(n for n, s in sizes.items() if s[1] == c) for c in (438, 439))
+    read_class_map(folder / "masks" / f"{small}.tif", shape=sizes[small])
+    with pytest.raises(DataError, match=f"{small}.tif: mask of 406 x 438 pixels for an image of 406 x 439; pair it"):
+        read_class_map(folder / "masks" / f"{small}.tif", shape=sizes[large])
 
 
 def test_real_rgb_masks_and_many_classes():

@@ -120,7 +120,7 @@ def _chosen(path, layer: str | None) -> str:
     raise DataError(f"{path}: layers {held}; {asked}")
 
 # %% ../../nbs/data/vectors.ipynb #d06b654d
-_WKT = re.compile(r"\s*(SRID=(\d+);)?\s*(MULTI|GEOMETRYCOLLECTION|POLYGON|LINESTRING|POINT|CURVE|COMPOUND)", re.I)
+_WKT = re.compile(r"\s*(SRID=(\d+);)?\s*(MULTI)?(GEOMETRYCOLLECTION|POLYGON|LINESTRING|POINT|CURVE\w*)\s*[ZM]*\s*(\(|EMPTY)", re.I)
 _PIXEL_NAME = re.compile(r"(^|_)(pix|pixels?|px)$", re.I)
 
 def _wkt_column(table: pd.DataFrame, geometry, crs, path) -> str:
@@ -142,15 +142,15 @@ def _read_csv(path, geometry, crs) -> tuple[gpd.GeoDataFrame, object]:
     try: table = pd.read_csv(path, sep="\t" if Path(path).suffix == ".tsv" else ",")
     except (ValueError, UnicodeDecodeError) as error: raise DataError(f"{path}: no readable CSV ({error})") from error
     name = _wkt_column(table, geometry, crs, path)
-    text = table[name].astype(object).where(table[name].notna(), None)
-    srid = {m[2] for m in map(_WKT.match, text.dropna().head(100)) if m and m[2]}
-    plain = text.map(lambda t: re.sub(r"^\s*SRID=\d+;", "", t) if t is not None else None)
-    shapes = shapely.from_wkt(plain.to_numpy(), on_invalid="ignore")
-    if (bad := text.notna().to_numpy() & shapely.is_missing(shapes)).any():
-        row = int(np.flatnonzero(bad)[0])
-        raise DataError(f"{path}: {bad.sum():,} of {len(table):,} rows of '{name}' hold no readable WKT, first on line "
-                        f"{row + 2}: {str(text[row])[:60]!r}; mend or delete them")
-    stated = f"EPSG:{srid.pop()}" if len(srid) == 1 else "pixels" if _PIXEL_NAME.search(name) and crs is None else None
+    text = [None if pd.isna(v) else str(v).strip() for v in table[name]]
+    srid = {m[2] for m in map(_WKT.match, filter(None, text)) if m and m[2]}
+    shapes = shapely.from_wkt([t and re.sub(r"^SRID=\d+;", "", t, flags=re.I) for t in text], on_invalid="ignore")
+    bad = [i for i, (t, shape) in enumerate(zip(text, shapes)) if t and shape is None]
+    if bad:
+        raise DataError(f"{path}: {len(bad):,} of {len(table):,} rows of '{name}' hold no readable WKT, first on line "
+                        f"{bad[0] + 2}: {text[bad[0]][:60]!r}; mend or delete them")
+    if len(srid) > 1: raise DataError(f"{path}: rows in several CRS, EPSG:{', EPSG:'.join(sorted(srid))}; write a table for each")
+    stated = f"EPSG:{srid.pop()}" if srid else "pixels" if _PIXEL_NAME.search(name) and crs is None else None
     return gpd.GeoDataFrame(table.drop(columns=name), geometry=shapes), stated
 
 # %% ../../nbs/data/vectors.ipynb #d05e00c0
@@ -194,7 +194,7 @@ def read_layer(
         table, found, default = _read(path, layer, geometry, crs, options)
     known = _checked_crs(found, crs, _extent(table.geometry.array), str(what), default)
     if table.active_geometry_name != "geometry": table = table.rename_geometry("geometry")
-    if found is None or found != known: table = table.set_crs(known, allow_override=True)
+    if table.geometry.array.crs is None or found != known: table = table.set_crs(known, allow_override=True)
     return table if bbox is None else table.iloc[np.sort(table.sindex.query(shapely.box(*bbox)))]
 
 # %% ../../nbs/data/vectors.ipynb #44cee3b5
