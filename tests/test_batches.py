@@ -109,7 +109,7 @@ def test_sixteen_bits_and_five_bands(tmp_path):
         dataloaders(samples, 32, 4, "MEDIUM", **options)
     dls = dataloaders(samples, 32, 4, "HEAVY_BANDS", **options)
     low, high = dls.train.dataset.augment.limits
-    assert 590 <= low < 700 and 6000 < high <= 280 * 30
+    assert len(low) == 5 and 590 <= min(low) <= max(low) < 700 and 6000 < min(high) <= max(high) <= 280 * 30
     xb, _ = dls.one_batch()
     assert xb.shape == (4, 5, 32, 32) and 0.3 < xb.std() < 2
     assert dls.show_batch(n=2) is not None

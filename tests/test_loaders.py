@@ -234,12 +234,12 @@ def test_crop_loaders(store):
 def test_limits_of_brightness(tmp_path, store):
     assert value_limits(store) == (0, 255)
     rng = np.random.default_rng(0)
-    images = rng.integers(500, 2000, (2, 4, 50, 60)).astype("uint16")
+    images = rng.integers(500, 2000, (2, 4, 50, 60)).astype("uint16") * np.array([1, 2, 3, 4], "uint16")[:, None, None]
     valid = np.ones((2, 50, 60), bool)
     valid[:, :20], images[:, :, :20] = False, 65535
     low, high = value_limits(make_store(tmp_path, images, valid=valid))
-    assert 500 <= low < 510 and 1990 < high < 2000
-    for folder, image, said in (("flat", np.full((1, 9, 9), 7, "uint16"), "one value throughout"), ("none", np.zeros((1, 9, 9), "uint16"), "no valid pixel")):
+    for k in range(4): assert 500 * (k + 1) <= low[k] < 510 * (k + 1) and 1990 * (k + 1) < high[k] < 2000 * (k + 1)
+    for folder, image, said in (("flat", np.full((1, 9, 9), 7, "uint16"), "one value throughout"), ("none", np.zeros((1, 9, 9), "uint16"), "a valid pixel")):
         with pytest.raises(DataError, match=said): value_limits(make_store(tmp_path / folder, [image], valid=[image[0] > 0]))
 
 

@@ -265,6 +265,17 @@ def test_a_wide_copy_is_changed_like_its_original(index, name):
     assert np.abs(sixteen.image / 257 - eight.image).max() < 2.6  # each rounding to bytes is up to half, and contrast and gamma widen it
 
 
+@pytest.mark.parametrize("name", BANDS)
+def test_every_band_has_its_own_limits(name, tile):
+    "Bands that are multiples of one band stay multiples of it, whatever happens to the light."
+    factors = np.array([1, 2, 5, 9])
+    image = (tile.image[:1].astype("uint16") * 20 * factors[:, None, None]).astype("uint16")
+    augment = Augment(certain(name), 4, "uint16", ((0, 0, 0, 0), tuple(int(v) for v in 5100 * factors)))
+    for i in range(4):
+        out = augment(Layers(image, tile.mask, tile.valid), 0, i, 50, 50, 96).image / factors[:, None, None]
+        assert np.abs(out - out[3]).max() < 2
+
+
 def test_sixteen_bits_do_not_wrap_around():
     for high in (60000, 2000):
         image = np.full((16, 16, 2), 65535, "uint16")
@@ -275,8 +286,10 @@ def test_sixteen_bits_do_not_wrap_around():
 
 
 def test_limits():
-    with pytest.raises(DataError, match=r"uint16 images and needs limits=\(low, high\).*got None; `value_limits` measures"): Augment("MEDIUM_BANDS", 4, "uint16")
-    with pytest.raises(DataError, match=r"got \(5, 5\)"): Augment("MEDIUM_BANDS", 4, "uint16", (5, 5))
+    with pytest.raises(DataError, match=r"uint16 images and needs limits=\(low, high\).*got None for 4 bands; `value_limits` measures"): Augment("MEDIUM_BANDS", 4, "uint16")
+    with pytest.raises(DataError, match=r"got \(5, 5\) for 4 bands"): Augment("MEDIUM_BANDS", 4, "uint16", (5, 5))
+    for wrong in (((0, 0), (9, 9)), ((0,) * 4, (9, 9, 9, 0)), (0, 1, 2)):
+        with pytest.raises(DataError, match="needs limits"): Augment("MEDIUM_BANDS", 4, "uint16", wrong)
     assert Augment("LIGHT", 4, "uint16").limits is None and Augment("MEDIUM").limits == (0, 255)
 
 

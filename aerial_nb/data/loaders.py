@@ -96,15 +96,17 @@ def channel_stats(
 def value_limits(
     store: TileStore, # tiles of the training split, and of no other
     percent=(0.1, 99.9),
-) -> tuple[float, float]: # of all bands together, for `Augment(limits=...)`; (0, 255) for bytes
-    "Values of black and of full brightness. Raises DataError when there is no valid pixel, or only one value."
+) -> tuple: # (low, high), each a tuple with one number a band, for `Augment(limits=...)`; (0, 255) for bytes
+    "Values of black and of full brightness. DataError when there is no valid pixel, or a band of one value."
     if store.dtype == np.uint8: return 0.0, 255.0
     step = max(1, sum(r["valid_px"] for r in store.records) // 2_000_000)  # every so many pixels are enough
-    found = [store.image(i)[:, store.valid(i)][:, ::step].ravel() for i in range(len(store))]
-    values = np.concatenate(found)[np.isfinite(np.concatenate(found))]
-    low, high = np.percentile(values, percent).tolist() if len(values) else (0.0, 0.0)
-    if not high > low: raise DataError(f"the {len(store)} tiles hold {'one value throughout' if len(values) else 'no valid pixel'}: no limits")
-    return low, high
+    values = np.concatenate([store.image(i)[:, store.valid(i)][:, ::step] for i in range(len(store))], axis=1)
+    values = values[:, np.isfinite(values).all(0)]
+    if not values.shape[1]: raise DataError(f"none of the {len(store)} tiles has a valid pixel: no limits")
+    low, high = np.percentile(values, percent, axis=1)
+    flat = np.flatnonzero(high <= low).tolist()
+    if flat: raise DataError(f"bands {flat} hold (almost) one value throughout: give limits=(low, high) yourself, or leave these bands out")
+    return tuple(low.tolist()), tuple(high.tolist())
 
 # %% ../../nbs/data/loaders.ipynb #811d6c6b
 _SAFE = {"uint16": "int32", "uint32": "int64", "float64": "float32", "float16": "float32"}

@@ -51,11 +51,11 @@ class Moves:
 
 # %% ../../nbs/data/presets.ipynb #0b04618b
 def _toned(image, limits, curve: Callable):
-    "A curve over the values, scaled to 0..1 between the limits, in the type of the image; a table for bytes."
-    low, high = limits
-    span = np.float32(high - low)
-    change = lambda v: curve((v.astype(np.float32) - np.float32(low)) / span) * span + np.float32(low)
-    if image.dtype == np.uint8:
+    "A curve over the values, scaled to 0..1 between the limits of each band, in the type of the image."
+    low, high = (np.asarray(end, np.float32) for end in limits)
+    span = high - low
+    change = lambda v: curve((v.astype(np.float32) - low) / span) * span + low
+    if image.dtype == np.uint8 and not low.ndim:  # a table
         return cv2.LUT(image, change(np.arange(256)).round().clip(0, 255).astype("uint8")).reshape(image.shape)
     out = change(image)
     if image.dtype.kind == "f": return out.astype(image.dtype)
@@ -145,8 +145,9 @@ _LENS = (Step("gamma", 0.3, gamma, photo=False),
 
 def dropout(image, stream, limits, holes=(2, 8), side=(0.04, 0.12)):
     "A few rectangles in the middle of the range; their labels stay, and must be guessed from around."
+    middle = np.broadcast_to(np.mean(limits, axis=0), image.shape[2]).tolist()
     return borrow(image, stream, limits, "CoarseDropout", num_holes_range=holes, hole_height_range=side,
-                  hole_width_range=side, fill=float(sum(limits)) / 2)
+                  hole_width_range=side, fill=tuple(middle) if len(middle) > 1 else middle[0])
 
 _HEAVY = (_SHADOW, _EXPOSURE, _COLOUR, *_LENS)
 _ALL = [Preset("LIGHT", Moves(d4=1)),
@@ -170,7 +171,7 @@ class Augment:
     preset: Preset | str = "MEDIUM"
     bands: int = 3
     dtype: str = "uint8"          # type of the files
-    limits: tuple | None = None   # values of black and of full brightness; 0 and 255 for bytes
+    limits: tuple | None = None   # values of black and of full brightness, each one number or one a band; 0 and 255 for bytes
     seed: int = 0
     fill: float = 0               # for pixels without data
 
@@ -183,9 +184,9 @@ class Augment:
             raise DataError(f"preset {recipe.name} has {', '.join(photo)}, for three bands of uint8; this image has "
                             f"{self.bands} bands of {kind}{other}, which leaves them out")
         if self.limits is None and kind == "uint8": object.__setattr__(self, "limits", (0, 255))
-        if recipe.steps and (self.limits is None or not self.limits[1] > self.limits[0]):
+        if recipe.steps and not _are_limits(self.limits, self.bands):
             raise DataError(f"preset {recipe.name} changes the light of {kind} images and needs limits=(low, high), the "
-                            f"values of black and of full brightness, got {self.limits}; `value_limits` measures them")
+                            f"values of black and of full brightness, got {self.limits} for {self.bands} bands; `value_limits` measures them")
 
     def move(self, epoch: int, index: int) -> Move:
         "The move of a sample, as it will be or was drawn."
@@ -208,3 +209,9 @@ class Augment:
         image = np.ascontiguousarray(image.transpose(2, 0, 1))
         if hidden.any(): image[:, hidden] = np.reshape(self.fill, (-1, 1))
         return image
+
+
+def _are_limits(limits, bands: int) -> bool:
+    "Whether these are two ends, each one number or one a band, the second above the first."
+    if limits is None or len(limits) != 2 or any(np.shape(end) not in ((), (bands,)) for end in limits): return False
+    return bool((np.asarray(limits[1]) > np.asarray(limits[0])).all())
