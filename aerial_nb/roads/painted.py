@@ -14,10 +14,28 @@ from numba import njit
 from .pixelgraph import PixelGraph, pixel_graph
 
 # %% ../../nbs/roads/painted.ipynb #8eef39d6
-def _listed(ends: np.ndarray) -> np.ndarray: # (m,) int64: threads in the order in which networkx lists them
-    low, high = ends.min(1), ends.max(1)
-    _, first, pair = np.unique(low * (high.max(initial=0) + 1) + high, return_index=True, return_inverse=True)
-    return np.lexsort((np.arange(len(ends)), first[pair], low))
+@njit(cache=True, nogil=True)
+def _listed(ends, nodes):
+    "Threads in the order in which networkx lists them."
+    first, last, after = np.full(nodes, -1), np.full(nodes, -1), np.full(len(ends), -1)   # chains by lower node
+    order, listed, n = np.empty(len(ends), np.int64), np.zeros(len(ends), np.bool_), 0
+    for e in range(len(ends)):
+        low = min(ends[e, 0], ends[e, 1])
+        if last[low] < 0: first[low] = e
+        else: after[last[low]] = e
+        last[low] = e
+    for low in range(nodes):
+        e = first[low]
+        while e >= 0:
+            same, other = e, ends[e, 0] + ends[e, 1]
+            while same >= 0 and not listed[e]:
+                if ends[same, 0] + ends[same, 1] == other:
+                    order[n] = same
+                    n += 1
+                    if same != e: listed[same] = True
+                same = after[same]
+            e = after[e]
+    return order
 
 # %% ../../nbs/roads/painted.ipynb #759c7fdb
 @njit(cache=True, nogil=True)
@@ -52,12 +70,13 @@ def _tenths(v):
 
 # %% ../../nbs/roads/painted.ipynb #505571cd
 @njit(cache=True, nogil=True)
-def _polylines(nodes, ends, starts, points, order, eps):
-    "Points (x, y) of all simplified lines, and where each line starts."
-    longest = 2
+def _polylines(nodes, ends, starts, points, eps):
+    "Points (x, y) of all simplified lines, where each line starts, and which of them run from near to far."
+    order, longest, lines, size = _listed(ends, len(nodes)), 2, 0, 0
     for e in order: longest = max(longest, starts[e + 1] - starts[e] + 2)
     line, keep, stack = np.empty((longest, 2)), np.empty(longest, np.bool_), np.empty((longest + 2, 2), np.int64)
-    xy, begin, lines, size = np.empty((len(points) + 2 * len(order), 2)), np.zeros(len(order) + 1, np.int64), 0, 0
+    xy, begin = np.empty((len(points) + 2 * len(order), 2)), np.zeros(len(order) + 1, np.int64)
+    outward = np.zeros(len(order), np.bool_)
     for e in order:
         n = starts[e + 1] - starts[e] + 2
         low, high = min(ends[e, 0], ends[e, 1]), max(ends[e, 0], ends[e, 1])
@@ -75,19 +94,28 @@ def _polylines(nodes, ends, starts, points, order, eps):
             xy[top, 0], xy[top, 1] = _tenths(line[i, 1]), _tenths(line[i, 0])
             top += 1
         if top - size < 2: continue    # a small loop that shrank to its node
+        near = np.sqrt(xy[size, 0] ** 2 + xy[size, 1] ** 2)
+        outward[lines] = np.sqrt(xy[top - 1, 0] ** 2 + xy[top - 1, 1] ** 2) > near
         size, lines = top, lines + 1
         begin[lines] = size
-    return xy[:size], begin[:lines + 1]
+    return xy[:size], begin[:lines + 1], outward[:lines]
+
+def _lines(graph: PixelGraph, rdp_eps_px: float) -> tuple: # points, starts, outward; and which lines are not repeats
+    xy, begin, outward = _polylines(graph.nodes, graph.ends, graph.starts, graph.points, float(rdp_eps_px))
+    fresh, seen = np.ones(len(outward), bool), set()
+    for i, (a, b) in enumerate(zip(begin[:-1].tolist(), begin[1:].tolist())):
+        text = xy[a:b].tobytes()
+        if text in seen: fresh[i] = False
+        seen.add(text)
+    return xy, begin, outward, fresh
 
 def published_lines(
     graph: PixelGraph,       # of the mask
     rdp_eps_px: float = 4,   # tolerance: 4 at full, 2 at half, 1 at quarter size
 ) -> list[np.ndarray]: # each (k, 2) float64 as x, y; far end first, in painting order
     "The polylines whose bands the published program paints. Rings are not among them."
-    xy, begin = _polylines(graph.nodes, graph.ends, graph.starts, graph.points, _listed(graph.ends), float(rdp_eps_px))
-    lines = {xy[a:b].tobytes(): xy[a:b] for a, b in zip(begin[:-1].tolist(), begin[1:].tolist())}
-    from_origin = lambda p: np.sqrt(p[0] * p[0] + p[1] * p[1])
-    return [line[::-1] if from_origin(line[-1]) > from_origin(line[0]) else line for line in lines.values()]
+    xy, begin, outward, fresh = _lines(graph, rdp_eps_px)
+    return [xy[begin[i]:begin[i + 1]][::-1 if outward[i] else 1] for i in np.flatnonzero(fresh)]
 
 # %% ../../nbs/roads/painted.ipynb #9581113b
 @njit(cache=True, nogil=True)
@@ -108,12 +136,17 @@ def _band(out, ax, ay, bx, by, band, value):
         for x in range(lo, hi + 1): out[y, x] = value
 
 @njit(cache=True, nogil=True)
-def _paint(out, xy, begin, band, bins):
+def _paint(out, xy, begin, outward, fresh, band, bins):
     "All segments of all lines, later over earlier."
     width = np.float32(360 / bins)
-    for i in range(len(begin) - 1):
+    for i in range(len(outward)):
+        if not fresh[i]: continue
         for k in range(begin[i], begin[i + 1] - 1):
-            ax, ay, bx, by = xy[k, 0], xy[k, 1], xy[k + 1, 0], xy[k + 1, 1]
+            a, b = k, k + 1
+            if outward[i]:
+                b = begin[i] + begin[i + 1] - 2 - k
+                a = b + 1
+            ax, ay, bx, by = xy[a, 0], xy[a, 1], xy[b, 0], xy[b, 1]
             length = np.sqrt((bx - ax) ** 2 + (by - ay) ** 2) + 1e-9
             turn = (np.degrees(np.arctan2((by - ay) / length, (bx - ax) / length)) + 360) % 360
             _band(out, ax, ay, bx, by, band, np.uint8(np.floor(np.float32(turn) / width)))
@@ -126,9 +159,6 @@ def published_classes(
     bins: int = 36,         # of the full circle
 ) -> np.ndarray: # uint8 (rows, cols): 0..bins - 1 clockwise from east, bins where nothing was painted
     "Direction classes as the published program makes them."
-    lines = published_lines(pixel_graph(mask), rdp_eps_px)
     out = np.full(mask.shape, bins, np.uint8)
-    if lines:
-        begin = np.cumsum([0, *map(len, lines)])
-        _paint(out, np.concatenate(lines), begin, float(band_px), bins)
+    _paint(out, *_lines(pixel_graph(mask), rdp_eps_px), float(band_px), bins)
     return out
