@@ -49,8 +49,10 @@ def cut_windows(job: Job, windows: np.ndarray, home: Home, cutting: Cutting, com
             piece = sheet.read(window)
             reason = cutting.reason(str(job.row.get("split") or ""), piece.valid_share, piece.positive_share)
             pixels, sizes = {"image": piece.image, "label": piece.label, "valid": piece.picture}, {}
-            for column, (how, *more) in stored.items() if not reason else ():
-                tile, mask = home.tile(column, job, window), mask_band(sheet.image, window) if column == "image" else None
+            for column, (how, *more) in stored.items():
+                tile = home.tile(column, job, window)
+                if reason: tile.unlink(missing_ok=True); continue  # kept while the image was in another split
+                mask = mask_band(sheet.image, window) if column == "image" else None
                 if "transform" in how: how = how | {"transform": raster._moved(how["transform"], int(window["row"]), int(window["col"]))}
                 sizes[column] = write_tile(tile, home.part(tile), pixels[column], how, *more, mask)
             record = dict(zip(window.dtype.names, window.item())) | dict(valid_share=piece.valid_share, reason=reason, bytes=sizes,
@@ -87,7 +89,8 @@ def open_jobs(jobs: list[Job], home: Home, cutting: Cutting) -> None:
     for job in jobs:
         try:
             job.info = raster_info(job.row["image"])
-            job.windows, job.done = cutting.windows(job.info.shape), read_journal(home, job)
+            job.windows, split = cutting.windows(job.info.shape), str(job.row.get("split") or "")
+            job.done = read_journal(home, job, lambda r, split=split: cutting.reason(split, r["valid_share"], r["positive_share"]))
         except (DataError, OSError) as error: job.failure, job.damaged = str(error), isinstance(error, DataError)
 
 def cache_bytes(jobs: list[Job], size: int, workers: int) -> int:

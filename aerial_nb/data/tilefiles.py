@@ -34,7 +34,7 @@ def creation(
     if raster._has_palette(dataset): kind = "palette"
     else: kind = "rgb" if interps[:3] == (ColorInterp.red, ColorInterp.green, ColorInterp.blue) else "minisblack"
     made = dict(driver="GTiff", count=dataset.count, dtype=dtype, nodata=dataset.nodata, photometric=kind,
-                alpha="unspecified" if ColorInterp.alpha in interps else "no")
+                alpha="yes" if ColorInterp.alpha in interps else "no")
     if dataset.crs is not None: made["crs"] = dataset.crs
     if PACKED[compress]: made |= dict(compress=compress, predictor=1 if kind == "palette" else 3 if dtype.kind == "f" else 2)
     return made
@@ -101,8 +101,7 @@ class Job:
         "What must be the same for finished tiles to count."
         local = {c: os.stat(p) for c, p in self.files().items() if "://" not in p and not p.startswith("/vsi")}
         fill = self.row.get("fill")
-        return {c: [s.st_size, s.st_mtime_ns] for c, s in local.items()} | {
-            "split": str(self.row.get("split") or ""), "fill": np.atleast_1d(fill).tolist() if given(fill) else None}
+        return {c: [s.st_size, s.st_mtime_ns] for c, s in local.items()} | {"fill": np.atleast_1d(fill).tolist() if given(fill) else None}
 
 @dataclass(frozen=True)
 class Home:
@@ -119,7 +118,10 @@ class Home:
     def table(self, suffix: str) -> Path: return self.root / f"tiles.{suffix}"
 
 # %% ../../nbs/data/tilefiles.ipynb #c26d9ad1
-def read_journal(home: Home, job: Job) -> dict: # (row, col) -> record of a finished window
+def read_journal(
+    home: Home, job: Job,
+    reason=lambda record: record["reason"], # why a window is dropped today; another split may change it
+) -> dict: # (row, col) -> record of a finished window
     "What an earlier run has finished; a journal that belongs to other files is cleared, with its tiles."
     path, identity = home.journal(job), job.identity()
     try: head, *lines = path.read_bytes().split(b"\n")
@@ -134,7 +136,7 @@ def read_journal(home: Home, job: Job) -> dict: # (row, col) -> record of a fini
         return {}
     if lines and lines[-1]:
         with path.open("ab") as file: file.write(b"\n")
-    return {place: r for place, r in records.items() if _whole(home, job, r)}
+    return {place: r for place, r in records.items() if reason(r) == r["reason"] and _whole(home, job, r)}
 
 def _whole(home: Home, job: Job, record: dict) -> bool:
     "Whether the files of a finished window are there, with all their bytes."

@@ -39,8 +39,11 @@ class Cutting:
     labels: dict = field(default_factory=dict) # arguments of `read_class_map`, such as {"positive": 3}
 
     def __post_init__(self):
+        for name in ("size", "overlap"):
+            if not isinstance(getattr(self, name), (int, np.integer)):
+                raise DataError(f"{name} is a whole number of pixels, got {getattr(self, name)!r}")
         try: self.windows((1, 1))
-        except (ValueError, TypeError) as error: raise DataError(str(error)) from None
+        except ValueError as error: raise DataError(str(error)) from None
         if self.drop not in RULES: raise DataError(f"drop must be one of {', '.join(RULES)}, got '{self.drop}'")
         if not 0 <= self.min_valid <= 1: raise DataError(f"min_valid is a share and lies in 0..1, got {self.min_valid}")
 
