@@ -150,7 +150,7 @@ def _layer_stamp(layer: Layer) -> list:
     "What makes the layer of all images this one: its file, or its content."
     if Path(layer.name).is_file(): return _stamp(layer.name)
     if layer.table is None or Path(layer.name).exists(): return _stamp_of_folder(layer.name)
-    rows = pd.util.hash_pandas_object(layer.table.to_wkb().astype(str))
+    rows = pd.util.hash_pandas_object(layer.table.to_wkb(hex=True).astype(str))
     return [layer.crs.to_wkt(), sha256(rows.to_numpy().tobytes()).hexdigest()]
 
 def _stamp_of_folder(path) -> list: return [s for f in sorted(Path(path).rglob("*")) if f.is_file() for s in _stamp(f)]
@@ -159,7 +159,7 @@ def _stamp_of_folder(path) -> list: return [s for f in sorted(Path(path).rglob("
 def mask_key(job: Job, setup: Setup, shared: list) -> str: # 64 hexadecimal digits
     "The name of a mask's making: the same inputs, rules and code, the same key."
     inputs = [_stamp(p) if p else [] for p in (job.image, job.label, job.udm, job.valid)]
-    return sha256(json.dumps([inputs, shared, asdict(setup), _code()], sort_keys=True, default=str).encode()).hexdigest()
+    return sha256(json.dumps([inputs, shared, asdict(setup), _code()], default=str).encode()).hexdigest()
 
 def _complete(file) -> bool: # an open raster
     "Whether every block that a TIFF speaks of lies inside the file: true of other formats."
@@ -325,7 +325,8 @@ def make_masks(
     if layer is not None and layer.table is not None: feature_classes(layer.table, setup.rules, layer.name)  # once, not per image
     shared = _layer_stamp(layer) if layer is not None else []
     work = lambda job: make_mask(job, setup, layer, shared)
-    with _alone(out):
+    with _alone(out), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)   # rasterize does so itself, but not across threads
         try:
             with tqdm(total=len(jobs), desc="masks", unit="image", disable=not progress) as bar:
                 for row in _rows(jobs, work, workers or _cores()): rows.append(row); bar.update()
