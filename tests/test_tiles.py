@@ -16,7 +16,7 @@ from aerial_nb.data.augment import d4, inverse
 from aerial_nb.data.masks import read_class_map
 from aerial_nb.data.raster import DataError, read_pixels, write_raster
 from aerial_nb.data.tiles import (
-    CROP, CropRule, TileStore, crop_name, draw_crops, fixed_crops, grid_crops, place, read_crop, row_table, window_sums)
+    CROP, CropRule, TileStore, centre_crops, crop_name, draw_crops, fixed_crops, grid_crops, place, read_crop, row_table, window_sums)
 
 REAL = Path(__file__).parents[1] / "../shared/data"
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -315,6 +315,29 @@ def test_fixed_crops_say_what_is_missing(coast, tmp_path):
     one = open_store([random_tile(tmp_path, "one", (16, 16))], tmp_path)
     with pytest.raises(DataError, match="only 1 different crops.*2 asked for"):
         fixed_crops(one, 2, 16)
+
+
+# ---- one crop a scene
+
+def test_centre_crops(tmp_path, caplog):
+    mask = np.zeros((90, 90), "uint8")
+    mask[70:, 70:] = 1
+    rows = [write_tile(tmp_path, name, np.zeros((3, 90, 90), "uint8"), m) for name, m in (("bare", mask * 0), ("corner", mask), ("full", mask * 0 + 1))]
+    store = open_store([*rows, random_tile(tmp_path, "small", (20, 10))], tmp_path)
+    plan = centre_crops(store, 32)
+    assert plan.dtype == CROP and plan["tile"].tolist() == [0, 1, 2, 3] and not plan["d4"].any()
+    assert plan[["row", "col"]].tolist()[2:] == [(29, 29), (0, 0)]
+    assert (read_crop(store, plan[1], 32)[1] == 1).mean() >= 0.05 and tuple(plan[1])[1:3] != (29, 29)
+    assert "1 of 4 scenes have no crop of 32 px with 5.0 % positive pixels" in caplog.text and "bare (0.0%)" in caplog.text
+    np.testing.assert_array_equal(centre_crops(store, 32), plan)
+    assert centre_crops(store, 32, scenes=["x", "x", "x", "y"])["tile"].tolist() == [1, 3]
+    with pytest.raises(ValueError, match="2 scenes for 4 tiles"): centre_crops(store, 32, scenes=["x", "y"])
+
+
+def test_the_door_to_grids():
+    from aerial_nb.data import grid, tiles
+    for name in ("grid_windows", "put_back", "blended_rows", "centre_crop", "window_weights", "WINDOW"):
+        assert getattr(tiles, name) is getattr(grid, name) and name in tiles.__all__
 
 
 # ---- real tiles

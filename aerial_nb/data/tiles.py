@@ -6,7 +6,9 @@ Tiles behind memory maps, and crop plans drawn from them: stateless, so that two
 
 # %% auto #0
 __all__ = ['logger', 'CROP', 'sources', 'TileStore', 'CropRule', 'window_sums', 'allowed', 'row_table', 'place', 'draw_crops',
-           'crop_views', 'read_crop', 'crop_name', 'grid_crops', 'fixed_crops']
+           'crop_views', 'read_crop', 'crop_name', 'grid_crops', 'fixed_crops', 'centre_crops', 'EDGES', 'WINDOW',
+           'CentreCrop', 'Mosaic', 'as_slices', 'blended_rows', 'centre_crop', 'grid_windows', 'put_back',
+           'window_counts', 'window_starts', 'window_weights']
 
 # %% ../../nbs/data/tiles.ipynb #72763b3b
 import logging
@@ -21,9 +23,15 @@ from fastcore.basics import patch
 from .augment import d4
 from .cache import LAYERS, Source, counted, fill_cache, load_record, open_layer, sweep
 from .checks import given
+from .grid import (EDGES, WINDOW, CentreCrop, Mosaic, as_slices, blended_rows, centre_crop, grid_windows, put_back,
+                                 window_counts, window_starts, window_weights)
 from .masks import IGNORE
 from .raster import DataError
 from ..settings import settings
+
+# %% ../../nbs/data/tiles.ipynb #788a7a12
+_all_ = ["EDGES", "WINDOW", "CentreCrop", "Mosaic", "as_slices", "blended_rows", "centre_crop", "grid_windows", "put_back",
+         "window_counts", "window_starts", "window_weights"]  # of the chapter on grids: this module is the door to both
 
 # %% ../../nbs/data/tiles.ipynb #41077433
 logger = logging.getLogger(__name__)
@@ -354,3 +362,23 @@ def fixed_crops(
         raise DataError(f"only {len(plan)} different crops of {size} px with {min_positive:.1%} positive pixels, "
                         f"{n} asked for: ask for fewer, or take smaller crops")
     return np.array(list(plan), CROP)
+
+# %% ../../nbs/data/tiles.ipynb #a7b5bf2d
+def centre_crops(
+    store: TileStore,
+    size: int,        # side in pixels
+    scenes=None,      # the scene of each tile, as in the samples table; by default each tile is one
+    min_positive: float = 0.05, # share of the crop that must be positive
+    step: int | None = None, # pixels between places; an eighth of the size by default
+) -> np.ndarray: # (scenes,) of CROP, never turned; scenes without enough are logged, and give their fullest crop
+    "One crop a scene: of its first tile that has enough positive pixels, as near to the centre as they allow."
+    names, best = list(range(len(store)) if scenes is None else scenes), {}
+    if len(names) != len(store): raise ValueError(f"{len(names)} scenes for {len(store)} tiles: name the scene of each tile")
+    for i, name in enumerate(names):
+        if name in best and best[name][1].enough: continue
+        crop = centre_crop(store.mask(i), size, min_positive, step)
+        if name not in best or crop.share > best[name][1].share: best[name] = i, crop
+    poor = [f"{store.sources[i].name} ({crop.share:.1%})" for i, crop in best.values() if not crop.enough]
+    if poor: logger.warning("%d of %d scenes have no crop of %d px with %.1f %% positive pixels, the fullest was taken: %s", len(poor),
+                            len(best), size, 100 * min_positive, ", ".join(poor[:5]) + ", ..." * (len(poor) > 5))
+    return np.array([(i, *crop.window[:2], 0) for i, crop in best.values()], CROP)
