@@ -19,11 +19,12 @@ from rasterio import CRS
 from rasterio.transform import from_origin
 from test_download import DATA, listing, program, serving
 
-from aerial_nb.data import datasets, readers
+from aerial_nb.data import datasets, readers, sources
 from aerial_nb.data.catalog import open_samples
-from aerial_nb.data.datasets import DATASETS, aerial_fetch, catalog, dataset, downloaded, fetch, kaggle_headers
+from aerial_nb.data.datasets import DATASETS, aerial_fetch, catalog, dataset, downloaded, fetch
 from aerial_nb.data.download import Line
 from aerial_nb.data.raster import DataError, write_raster
+from aerial_nb.data.sources import kaggle_headers
 from aerial_nb.data.splits import SPLITS
 from aerial_nb.data.table import COLUMNS
 
@@ -179,6 +180,7 @@ def test_only_some_tiles(host, tmp_path):
         got(mnih(host), tmp_path / "some", scenes=["23279081_15"])
     with pytest.raises(DataError, match="has no months"):
         got(mnih(host), tmp_path / "some", months=2)
+    assert len(downloaded("massachusetts_roads", tmp_path / "some")) == 1, "a wrong wish leaves what is there whole"
 
 
 def test_a_download_that_stops_is_said_to_be_half(host, tmp_path):
@@ -224,6 +226,8 @@ def test_the_199_pairs(host, tmp_path):
     assert files(tmp_path / "data/massachusetts_199") == sorted([f"{k}/{t}.png" for t in TILES for k in ("images", "masks")] + ["train.csv"])
     with pytest.raises(DataError, match="comes as a whole: leave out scenes and months"):
         got(entry, scenes=TILES[:1])
+    before = len(host.seen)
+    assert got(entry).equals(samples) and len(host.seen) == before
 
 
 def test_a_zip_that_is_none(host, tmp_path):
@@ -284,12 +288,12 @@ def test_kaggle_refuses(host, monkeypatch, caplog):
 
 def inria_host(host, monkeypatch, tmp_path):
     "Five small parts; a program that makes the zip of them."
-    for n in datasets.INRIA_SHA256: host.files[f"/a.7z.{n}"] = f"part {n}".encode()
-    monkeypatch.setattr(datasets, "INRIA_SHA256", {n: hashlib.sha256(f"part {n}".encode()).hexdigest() for n in datasets.INRIA_SHA256})
+    for n in sources.INRIA_SHA256: host.files[f"/a.7z.{n}"] = f"part {n}".encode()
+    monkeypatch.setattr(sources, "INRIA_SHA256", {n: hashlib.sha256(f"part {n}".encode()).hexdigest() for n in sources.INRIA_SHA256})
     inner = tmp_path / "inner.zip"
     inner.write_bytes(zip_of({f"AerialImageDataset/train/{k}/{c}{i}.tif": png() for k in ("images", "gt") for c in ("austin", "tyrol-w") for i in (5, 6)}
                              | {"AerialImageDataset/test/images/sfo1.tif": png()}))
-    monkeypatch.setenv("PATH", program(tmp_path / "bin", f"import shutil\nassert all(pathlib.Path(sys.argv[-1][:-3] + n).is_file() for n in {list(datasets.INRIA_SHA256)})\n"
+    monkeypatch.setenv("PATH", program(tmp_path / "bin", f"import shutil\nassert all(pathlib.Path(sys.argv[-1][:-3] + n).is_file() for n in {list(sources.INRIA_SHA256)})\n"
                                                          f"shutil.copy({str(inner)!r}, out / 'NEW2-AerialImageDataset.zip')"))
     return replace(dataset("inria"), base=f"{host.url}/a.7z")
 

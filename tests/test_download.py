@@ -312,6 +312,19 @@ def test_a_drop_in_chunks_is_no_end(host, line, tmp_path):
     assert len(host.seen) == 2
 
 
+def test_an_end_without_an_error_is_still_an_end(tmp_path):
+    "Old versions of urllib3 end quietly where the line dropped."
+    load = download.Resuming(Remote("http://x/a.bin", "a.bin"), tmp_path)
+    raw = namedtuple("Raw", "stream")(lambda size, decode_content: iter([b"x" * 10]))
+    answer = namedtuple("Answer", "headers raw")({"Content-Length": "20"}, raw)
+    load.part.begin("http://x/a.bin", answer)
+    with pytest.raises(download._Again, match="stopped at 10 of 20 bytes"):
+        download._append(load, answer, 0)
+    with pytest.raises(download._Again, match="more bytes than announced"):
+        for _ in range(2): download._append(load, answer, 10)
+    assert len(load.part) == 0
+
+
 def test_a_log_in_page_is_no_file(host, line, tmp_path):
     host.script["/a.bin"] = [{"data": b"<html>please sign in", "headers": {"Content-Type": "text/html; charset=utf-8"}}]
     with pytest.raises(DataError, match="a web page instead of a.bin.*open https://page in a browser"):

@@ -22,8 +22,8 @@ from .checks import (check_samples, given, inspect_samples, read_sample, scan_sa
 from .raster import DataError, raster_info
 from .readers import (OFFICIAL, OFFICIAL_BUILDINGS, csv_of_pairs, deepglobe, image_label_folders, inria,
                                     inria_root, is_massachusetts, listed, massachusetts, massachusetts_buildings,
-                                    massachusetts_position, noted, official_folders, refuse_half, sat2graph, sat2graph_root, spacenet7,
-                                    spacenet7_root)
+                                    massachusetts_position, noted, official_folders, refuse_half, sat2graph,
+                                    sat2graph_root, spacenet7, spacenet7_root)
 from .splits import SPLITS
 from .table import (COLUMNS, SUFFIXES, VECTORS, few, is_raster, list_rasters, make_table, place_rows,
                                   sample_key, samples_from, touching)
@@ -31,12 +31,14 @@ from ..settings import settings
 
 # %% ../../nbs/data/catalog.ipynb #c501874f
 _all_ = ["check_samples", "inspect_samples", "read_sample", "scan_samples", "validate_samples", "COLUMNS", "SUFFIXES",
-         "OFFICIAL", "sample_key", "list_rasters", "touching", "samples_from", "massachusetts_position", "massachusetts",
-         "massachusetts_buildings", "deepglobe", "inria", "spacenet7", "sat2graph"]
+         "OFFICIAL", "sample_key", "list_rasters", "touching", "samples_from", "massachusetts_position",
+         "massachusetts", "massachusetts_buildings", "deepglobe", "inria", "spacenet7", "sat2graph"]
 
 # %% ../../nbs/data/catalog.ipynb #08e62e64
-_LAYOUTS = ("a CSV with columns such as tiff_image_path and tif_label_path, tiff/train + tiff/train_labels, train/sat + "
-            "train/map, train/images + train/gt, train/SCENE/images_masked, region_N_sat.png, *_sat.jpg with *_mask.png, "
+_LAYOUTS = ("a CSV with columns such as tiff_image_path and tif_label_path, tiff/train + tiff/train_labels, "
+            "train/sat + "
+            "train/map, train/images + train/gt, train/SCENE/images_masked, region_N_sat.png, *_sat.jpg with "
+            "*_mask.png, "
             "images/ + masks/ (or labels/, gt/) with rasters in them, or X_image.tif beside X_mask.tif")
 _ROLES = {"image": re.compile(r"(?:^|.*[_-])(?:image|img|sat|rgb)$", re.I),
           "label": re.compile(r"(?:^|.*[_-])(?:mask|label|gt|groundtruth)$", re.I)}
@@ -91,15 +93,18 @@ def _unknown(folder: Path) -> DataError:
         names = few((f.relative_to(folder).as_posix() for f in below), 8)
         return DataError(f"{where}: no known layout at its top, but data sets below: {names}; open one of them")
     if images and layers:
-        return DataError(f"{where}: no known layout: {few((f.name for f in images), 3)} with the vectors {few((f.name for f in layers), 3)}; "
+        return DataError(f"{where}: no known layout: {few((f.name for f in images), 3)} with the vectors "
+                         f"{few((f.name for f in layers), 3)}; "
                          "burn the vectors into class maps with aerial_masks IMAGES LABELS OUT, or name the files: "
                          "samples_from(images, labels)")
     if images:
-        return DataError(f"{where}: no known layout: {len(images)} rasters ({few((f.name for f in images), 3)}) and nothing that says "
+        return DataError(f"{where}: no known layout: {len(images)} rasters "
+                         f"({few((f.name for f in images), 3)}) and nothing that says "
                          "which are labels; open the folder above it, or name both: samples_from(images, labels); "
                          "unlabelled=True opens them all for prediction")
     found = few(sorted(p.name for p in folder.iterdir()), 8)
-    return DataError(f"{where}: no known layout; looked for {_LAYOUTS}; found {found}; for other names use samples_from(images, labels)")
+    return DataError(f"{where}: no known layout; looked for {_LAYOUTS}; found {found}; for other names use "
+                     "samples_from(images, labels)")
 
 # %% ../../nbs/data/catalog.ipynb #3f923a60
 def open_samples(
@@ -115,7 +120,8 @@ def open_samples(
     if not folder.is_dir():
         from aerial_nb.data.datasets import DATASETS, downloaded
         if str(data) in DATASETS: return downloaded(str(data), unlabelled=unlabelled)
-        raise DataError(f"{folder}: no such folder (looked from {Path.cwd()}); pass a folder, or 'synthetic', or one of "
+        raise DataError(f"{folder}: no such folder (looked from {Path.cwd()}); pass a folder, or 'synthetic', "
+                        "or one of "
                         f"{', '.join(DATASETS)}")
     if not any(folder.iterdir()):
         raise DataError(f"{folder.resolve()}: the folder is empty; was the download completed?")

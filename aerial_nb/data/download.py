@@ -63,16 +63,19 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError: pass
     try: when = parsedate_to_datetime(value)
     except ValueError: return None
-    return max(0.0, ((when if when.tzinfo else when.replace(tzinfo=timezone.utc)) - datetime.now(timezone.utc)).total_seconds())
+    if when.tzinfo is None: when = when.replace(tzinfo=timezone.utc)
+    return max(0.0, (when - datetime.now(timezone.utc)).total_seconds())
 
 def _refused(remote: Remote, code: int) -> DataError:
     "An answer that will not change by asking again."
     at = f"; read {remote.page}" if remote.page else ""
     if code in (401, 403):
-        return DataError(f"{remote.url}: {_host(remote.url)} does not admit this request ({code}): the credentials are missing or "
+        return DataError(f"{remote.url}: {_host(remote.url)} does not admit this request ({code}): the "
+                         "credentials are missing or "
                          f"wrong, or the terms of use were not accepted yet{at}")
     if code in (404, 410):
-        return DataError(f"{remote.url}: not there ({code}): the publisher has moved or withdrawn it{at}, download it by hand "
+        return DataError(f"{remote.url}: not there ({code}): the publisher has moved or withdrawn it{at}, "
+                         "download it by hand "
                          "into the same folder, or tell us the new address")
     return DataError(f"{remote.url}: {_host(remote.url)} answered {code}{at}")
 
@@ -92,13 +95,15 @@ class Line:
         try:
             with requests.get(remote.url, stream=True, timeout=self.timeout_s, headers=sent) as response:
                 code = response.status_code
-                if code in PASSING: raise _Again(f"{_host(remote.url)} answered {code}", _retry_after(response.headers.get("Retry-After")))
+                if code in PASSING:
+                    raise _Again(f"{_host(remote.url)} answered {code}", _retry_after(response.headers.get("Retry-After")))
                 if code >= 400 and code != 416: raise _refused(remote, code)
                 yield response
         except (InvalidURL, MissingSchema, InvalidSchema) as error:
             raise DataError(f"{remote.url}: no web address: {error}") from None
         except SSLError as error:
-            raise DataError(f"{remote.url}: the certificate of {_host(remote.url)} cannot be trusted ({error.__class__.__name__}); "
+            raise DataError(f"{remote.url}: the certificate of {_host(remote.url)} cannot be trusted "
+                            f"({error.__class__.__name__}); "
                             "update the certificates of this machine, or download it by hand") from None
         except (RequestException, HTTPError) as error:
             raise _Again(f"{_host(remote.url)}: {error.__class__.__name__}") from None
@@ -112,8 +117,10 @@ class Line:
                 failed, seen = (1, progress()) if progress() > seen else (failed + 1, seen)   # seen: the most so far
                 wait = error.wait_s if error.wait_s is not None else min(2.0 ** (failed - 1), 60)
                 if failed >= self.attempts or wait > self.longest_wait_s:
-                    later = f" and asks to wait {wait:.0f} s" if wait > self.longest_wait_s else f", {failed} times in a row"
-                    raise DataError(f"{remote.url}: {error}{later}; what has arrived is kept: run the same command again later") from None
+                    long = wait > self.longest_wait_s
+                    later = f" and asks to wait {wait:.0f} s" if long else f", {failed} times in a row"
+                    raise DataError(f"{remote.url}: {error}{later}; what has arrived is kept: run the same "
+                                    "command again later") from None
                 logger.info("%s; trying again in %.0f s", error, wait)
                 self.sleep(wait)
 
@@ -147,7 +154,8 @@ class Partial:
 def _length(response) -> int | None:
     "Bytes that will come; None when the server does not say, or packs them."
     value = response.headers.get("Content-Length", "")
-    return int(value) if value.isdigit() and response.headers.get("Content-Encoding", "identity") == "identity" else None
+    packed = response.headers.get("Content-Encoding", "identity") != "identity"
+    return int(value) if value.isdigit() and not packed else None
 
 # %% ../../nbs/data/download.ipynb #c8e9d6e0
 class Resuming:
@@ -196,7 +204,8 @@ def _begin(load: Resuming, response) -> None:
     "A file from its first byte: is it one, and is there room?"
     remote, kind = load.remote, response.headers.get("Content-Type", "")
     if kind.startswith("text/html") and Path(remote.path).suffix not in (".html", ".htm"):
-        raise DataError(f"{remote.url}: {_host(response.url)} sent a web page instead of {Path(remote.path).name}: a log-in or a question; open "
+        raise DataError(f"{remote.url}: {_host(response.url)} sent a web page instead of "
+                        f"{Path(remote.path).name}: a log-in or a question; open "
                         f"{remote.page or remote.url} in a browser, and download it by hand")
     load.part.begin(remote.url, response)
     need, free = _length(response) or remote.size or 0, _free(load.final)
@@ -212,7 +221,8 @@ def _append(load: Resuming, response, have: int) -> None:
             if bar is not None: bar.update(len(chunk))
         file.flush(); os.fsync(file.fileno())
     total = part.version(load.remote.url).get("total")
-    if total is not None and len(part) < total: raise _Again(f"{_host(load.remote.url)} stopped at {len(part)} of {total} bytes")
+    if total is not None and len(part) < total: raise _Again(f"{_host(load.remote.url)} stopped at {len(part)} "
+                                                             f"of {total} bytes")
     if total is not None and len(part) > total: part.drop(); raise _Again("more bytes than announced")
 
 # %% ../../nbs/data/download.ipynb #c00cd3a8
@@ -227,7 +237,8 @@ def _alone(part: Path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = os.fstat(lock.fileno()).st_ino == os.stat(lock.name).st_ino   # not one that its owner just removed
         except OSError: mine = False
-        if not mine: raise DataError(f"{part.parent}: another process is downloading {part.name[1:-5]}; wait for it, or stop it")
+        if not mine: raise DataError(f"{part.parent}: another process is downloading {part.name[1:-5]}; wait "
+                                     "for it, or stop it")
         try: yield
         finally: os.unlink(lock.name)
 
@@ -241,9 +252,12 @@ def _writable(remote: Remote, folder: Path):
     try: yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"{folder}: no room for {Path(remote.path).name} ({error.strerror or error}; {_free(folder) / 1e9:.2f} GB free); free some, or choose "
-                            "another disk with --folder or AERIAL_DATA; what has arrived is kept: run the same command again") from None
-        raise DataError(f"{folder}: cannot write {Path(remote.path).name} there ({error.strerror or error}); choose another place with "
+            raise DataError(f"{folder}: no room for {Path(remote.path).name} ({error.strerror or error}; "
+                            f"{_free(folder) / 1e9:.2f} GB free); free some, or choose "
+                            "another disk with --folder or AERIAL_DATA; what has arrived is kept: run the same "
+                            "command again") from None
+        raise DataError(f"{folder}: cannot write {Path(remote.path).name} there ({error.strerror or error}); "
+                        "choose another place with "
                         "--folder or AERIAL_DATA") from None
 
 # %% ../../nbs/data/download.ipynb #380dfe89
@@ -256,19 +270,23 @@ def fetch_file(
     "Download a file unless it is there; go on with what an earlier try left."
     folder = Path(folder)
     target = folder / remote.path
-    if folder.resolve() not in target.resolve().parents: raise DataError(f"{remote.path} would leave {folder}; refused")
+    if folder.resolve() not in target.resolve().parents: raise DataError(f"{remote.path} would leave {folder}; "
+                                                                         "refused")
     if _is_there(target, remote.checksum): return target
     for last in (False, True):
         downloader = Resuming(remote, folder, line, bar)
         try:
             with _writable(remote, folder), _alone(downloader.part.file):
                 downloader.receive()   # before pooch makes its temporary file: a kill leaves the hidden part only
-                return Path(pooch.retrieve(remote.url, remote.checksum, target.name, target.parent, downloader=downloader))
+                return Path(pooch.retrieve(remote.url, remote.checksum, target.name, target.parent,
+                                           downloader=downloader))
         except DataError: raise
         except ValueError as error:   # pooch: the sum is wrong; it has removed the bytes
             if downloader.resumed and not last: continue
-            raise DataError(f"{remote.url}: wrong bytes, removed: {remote.checksum} was expected ({error.__class__.__name__}); try again, and if "
-                            f"it stays so, the publisher has changed the file{f': see {remote.page}' if remote.page else ''}") from None
+            raise DataError(f"{remote.url}: wrong bytes, removed: {remote.checksum} was expected "
+                            f"({error.__class__.__name__}); try again, and if "
+                            "it stays so, the publisher has changed the "
+                            f"file{f': see {remote.page}' if remote.page else ''}") from None
 
 
 def _is_there(file: Path, checksum: str | None) -> bool:
@@ -293,17 +311,19 @@ def fetch_files(
         except DataError as error: return remote, None, error
     with ThreadPoolExecutor(max(1, threads)) as pool:
         try:
-            for remote, file, error in tqdm(pool.map(one, remotes), total=len(remotes), desc="download", unit="file", disable=not progress):
+            work = pool.map(one, remotes)
+            for remote, file, error in tqdm(work, "download", len(remotes), unit="file", disable=not progress):
                 if error: failed.append(error)
                 else: done[remote.path] = file
         except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
     if failed:
         told = "\n".join(f"- {e}" for e in failed[:10]) + ("\n- ..." if len(failed) > 10 else "")
-        raise DataError(f"{len(failed)} of {len(remotes)} files failed, the others are kept; run the same command again:\n{told}")
+        raise DataError(f"{len(failed)} of {len(remotes)} files failed, the others are kept; run the same "
+                        f"command again:\n{told}")
     return [done[r.path] for r in remotes]
 
 def _with_bar(remote: Remote, folder, line: Line, progress: bool) -> Path:
-    with tqdm(desc=Path(remote.path).name, unit="B", unit_scale=True, unit_divisor=1000, disable=not progress, total=remote.size) as bar:
+    with tqdm(desc=Path(remote.path).name, unit="B", unit_scale=True, disable=not progress, total=remote.size) as bar:
         return fetch_file(remote, folder, line, bar)
 
 # %% ../../nbs/data/download.ipynb #7502880d
@@ -329,7 +349,8 @@ def list_page(
     full = [re.sub(r"(?<!:)//+", "/", urljoin(url, link)) for link in links.found]
     inside = [u for u in full if _host(u) == _host(url) and re.sub(r"[^/]*$", "", urlsplit(u).path) == base]
     files = list(dict.fromkeys(u for u in inside if u.lower().endswith(tuple(suffixes))))
-    if not files: raise DataError(f"{url}: no link to a {' or '.join(suffixes)}: the page has changed; look at it in a browser")
+    if not files: raise DataError(f"{url}: no link to a {' or '.join(suffixes)}: the page has changed; look at "
+                                  "it in a browser")
     return files
 
 # %% ../../nbs/data/download.ipynb #5d9af9af
@@ -343,7 +364,8 @@ def list_bucket(
     out, token = [], ""
     while True:
         more = f"&continuation-token={quote(token, safe='')}" if token else ""
-        text = fetch_text(f"{base}/?list-type=2&prefix={quote(prefix)}{'&delimiter=/' if folders else ''}{more}", line)
+        asked = f"list-type=2&prefix={quote(prefix)}{'&delimiter=/' if folders else ''}{more}"
+        text = fetch_text(f"{base}/?{asked}", line)
         try: tree = ElementTree.fromstring(text)
         except ElementTree.ParseError: raise DataError(f"{base}: no listing of a bucket, but {text[:80]!r}") from None
         for element in tree.iter(): element.tag = element.tag.rpartition("}")[2]
@@ -351,6 +373,7 @@ def list_bucket(
         else:
             for e in tree.iter("Contents"):
                 tag = (e.findtext("ETag") or "").strip('"')
-                out.append(dict(key=e.findtext("Key"), size=int(e.findtext("Size")), md5=tag if re.fullmatch("[0-9a-f]{32}", tag) else None))
+                md5 = tag if re.fullmatch("[0-9a-f]{32}", tag) else None
+                out.append(dict(key=e.findtext("Key"), size=int(e.findtext("Size")), md5=md5))
         token = tree.findtext("NextContinuationToken") or ""
         if not token: return out

@@ -60,7 +60,8 @@ _PAIRS = [("tiff_image_path", "tif_label_path"), ("png_image_path", "png_label_p
           ("image", "mask"), ("image", "label"), ("image_path", "mask_path")]
 
 def official_folders(folder: Path) -> list[tuple]:
-    "(split, images, labels) of the original layout: tiff/train beside tiff/train_labels, or train/sat with train/map."
+    "(split, images, labels) of the original layout: tiff/train beside tiff/train_labels, or train/sat with "
+    "train/map."
     for base in (folder / "tiff", folder, folder / "png"):
         found = [(split, *pair) for split, names in _FOLDERS for n in names
                  for pair in ((base / n, base / f"{n}_labels"), (base / n / "sat", base / n / "map"))
@@ -75,7 +76,8 @@ def _official(folder: Path, official: dict) -> list[dict]:
     counts = {s: sum(r["split"] == s for r in rows) for s in official}
     if counts != official:
         expected, found = ("/".join(map(str, c.values())) for c in (official, counts))
-        logger.warning("%s: expected the official %s tiles of train/valid/test, found %s: scores will not compare with "
+        logger.warning("%s: expected the official %s tiles of train/valid/test, found %s: scores will not "
+                       "compare with "
                        "published ones", folder, expected, found)
     return rows
 
@@ -103,7 +105,8 @@ def listed(folder: Path) -> list[dict]:
             raise DataError(f"{file}, line {number}: unknown split '{split}'; use {', '.join(SPLITS)}")
         rows.append(dict(image=image, label=label, split=split, scene=sample_key(image)))
     if missing:
-        raise DataError(f"{file} lists {len(missing)} pairs that are not there: {few(missing)}; complete the copy, or "
+        raise DataError(f"{file} lists {len(missing)} pairs that are not there: {few(missing)}; complete the "
+                        "copy, or "
                         "remove these lines")
     return rows
 
@@ -118,10 +121,12 @@ def image_label_folders(folder: Path) -> dict | None:
     return found if found["images"] and found["labels"] else None
 
 def refuse_half(folder: Path) -> None:
-    "Half a data set looks like a whole one: a download that was not finished leaves a note with the command that continues it."
+    "Half a data set looks like a whole one: a download that was not finished leaves a note with the command "
+    "that continues it."
     note = folder / ".incomplete"
     if note.is_file():
-        raise DataError(f"{folder}: the download was not finished; continue it with: {note.read_text(encoding='utf-8').strip()} (or remove "
+        raise DataError(f"{folder}: the download was not finished; continue it with: "
+                        f"{note.read_text(encoding='utf-8').strip()} (or remove "
                         f"{note.name} to take what is there)")
 
 def is_massachusetts(names) -> bool:
@@ -140,8 +145,10 @@ def massachusetts(
     elif official_folders(folder): rows = _official(folder, official)
     elif plain := image_label_folders(folder): rows = pair_files(**plain)
     else:
-        raise DataError(f"{folder}: no Massachusetts Roads here; looked for tiff/train + tiff/train_labels, for a CSV "
-                        "with columns such as tiff_image_path and tif_label_path, and for images/ + masks/ with rasters")
+        raise DataError(f"{folder}: no Massachusetts Roads here; looked for tiff/train + tiff/train_labels, "
+                        "for a CSV "
+                        "with columns such as tiff_image_path and tif_label_path, and for images/ + masks/ "
+                        "with rasters")
     rows.sort(key=lambda r: natural(r["image"]))
     _massachusetts_scenes(rows)
     for row in rows: row["fill"] = None if row.get("valid") else (255, 255, 255)
@@ -193,16 +200,20 @@ def inria(
     unlabelled: bool = False, # keep the test cities, which have no labels
 ) -> pd.DataFrame: # samples table, gsd 0.3 m, with a column city; raises DataError
     "Inria Aerial Image Labeling: train/images and train/gt."
-    if split not in ("official", "austin", ""): raise DataError(f"split '{split}' is unknown; use official, austin or ''")
+    if split not in ("official", "austin", ""): raise DataError(f"split '{split}' is unknown; use official, "
+                                                                "austin or ''")
     root = inria_root(Path(folder))
-    if root is None: raise DataError(f"{folder}: no Inria here; looked for AerialImageDataset/train/images with train/gt")
+    if root is None: raise DataError(f"{folder}: no Inria here; looked for AerialImageDataset/train/images "
+                                     "with train/gt")
     rows = pair_files(root / "train" / "images", root / "train" / "gt")
     if unlabelled and has_rasters(root / "test" / "images"): rows += pair_files(root / "test" / "images", None)
     odd = [r["scene"] for r in rows if not _CITY.fullmatch(r["scene"])]
-    if odd: raise DataError(f"{root}: {few(odd)} are no names of a city and a number, such as austin1; move them away")
+    if odd: raise DataError(f"{root}: {few(odd)} are no names of a city and a number, such as austin1; move "
+                            "them away")
     for row in rows:
         city, number = _CITY.fullmatch(row["scene"]).groups()
-        row |= dict(city=city, split=inria_split(city, int(number), split) if row["label"] else "test" if split else "")
+        side = inria_split(city, int(number), split) if row["label"] else "test" if split else ""
+        row |= dict(city=city, split=side)
         if not split: row["scene"] = city
     if split == "austin": rows = [r for r in rows if r["city"] == "austin" and r["label"]]
     _expect_inria(root, rows, ["austin"] if split == "austin" else INRIA_CITIES)
@@ -211,7 +222,8 @@ def inria(
 def _expect_inria(root: Path, rows: list[dict], cities) -> None:
     "Say which tiles are not there: scores on a part do not compare."
     missing = {f"{c}{i}" for c in cities for i in range(1, 37)} - {Path(r["image"]).stem for r in rows}
-    if missing: logger.warning("%s: %d of %d tiles are not there, scores will not compare with published ones: %s", root,
+    if missing: logger.warning("%s: %d of %d tiles are not there, scores will not compare with published ones: "
+                               "%s", root,
                                len(missing), 36 * len(cities), few(sorted(missing, key=natural), 5))
 
 # %% ../../nbs/data/readers.ipynb #182d330a
@@ -249,11 +261,13 @@ def spacenet7(
     if months is not None and months < 1: raise DataError(f"months must be 1 or more, got {months}")
     there = sorted(f.name for f in root.iterdir() if (f / "images_masked").is_dir())
     absent = [s for s in scenes or () if s not in there]
-    if absent: raise DataError(f"{root}: {len(absent)} scenes are not here: {few(absent)}; fetch them, or choose of {few(there, 5)}")
+    if absent: raise DataError(f"{root}: {len(absent)} scenes are not here: {few(absent)}; fetch them, or "
+                               f"choose of {few(there, 5)}")
     rows = [r for s in scenes or there for r in _months_of(root / s, months, split)]
     bare = [Path(r["image"]).name for r in rows if not r["label"]]
     if bare and not unlabelled:
-        raise DataError(f"{root}: {len(bare)} images have no labels_match: {few(bare, 5)}; complete the copy, or pass unlabelled=True")
+        raise DataError(f"{root}: {len(bare)} images have no labels_match: {few(bare, 5)}; complete the copy, "
+                        "or pass unlabelled=True")
     if not rows: raise DataError(f"{root}: no image in images_masked of {few(there, 5)}; complete the copy")
     return make_table(rows, order=lambda r: (r["scene"], r["month"]))
 
@@ -286,7 +300,8 @@ def sat2graph(
 ) -> pd.DataFrame: # samples table, gsd 1 m, with columns graph, mask and points; raises DataError
     "The 20 cities of Sat2Graph, split as published; tile 180, which the authors do not use, is left out."
     root = sat2graph_root(Path(folder))
-    if root is None: raise DataError(f"{folder}: no Sat2Graph tiles here; looked for region_N_sat.png, also in 20cities/")
+    if root is None: raise DataError(f"{folder}: no Sat2Graph tiles here; looked for region_N_sat.png, also in "
+                                     "20cities/")
     if label not in ("graph", "mask"): raise DataError(f"label '{label}' is unknown; use graph or mask")
     rows, missing = [], []
     for image in sorted((p for p in root.iterdir() if _REGION.fullmatch(p.name)), key=natural):
@@ -298,7 +313,8 @@ def sat2graph(
         rows.append(dict(image=image, label=files[label], scene=f"region_{index}", split=sat2graph_split(index),
                          **{k: str(files.get(k, "")) for k in ends}))
     if missing: raise DataError(f"{root}: {len(missing)} labels are not there: {few(missing, 5)}; complete the copy")
-    if len(rows) != 180: logger.warning("%s: %d of 180 tiles: scores will not compare with published ones", root, len(rows))
+    if len(rows) != 180:
+        logger.warning("%s: %d of 180 tiles: scores will not compare with published ones", root, len(rows))
     return make_table(rows, gsd_m=1.0)
 
 # %% ../../nbs/data/readers.ipynb #35576c5f
@@ -330,7 +346,8 @@ def _noted_split(samples: pd.DataFrame, split: pd.Series, file: Path) -> pd.Data
     "Take a suggested split, unless it is unknown or parts what touches."
     crossing = split.groupby(samples["scene"]).nunique()
     if not split.isin(SPLITS).all() or (crossing > 1).any():
-        logger.warning("%s: its split is kept as `suggested`, not used: it parts the touching images of %d scenes, or is no "
+        logger.warning("%s: its split is kept as `suggested`, not used: it parts the touching images of %d "
+                       "scenes, or is no "
                        "%s; draw one with split_by_scene", file, (crossing > 1).sum(), "/".join(SPLITS))
         return samples.assign(suggested=split)
     return samples.assign(split=split)

@@ -92,7 +92,8 @@ def _no_vectors(where, files: list[Path]) -> None:
     folder = Path(where) if isinstance(where, (str, Path)) and Path(where).is_dir() else None
     layers = [f for f in (folder.iterdir() if folder and not files else files) if f.suffix.lower() in VECTORS]
     if layers:
-        raise DataError(f"{where}: {few(sorted(f.name for f in layers), 3)} are vectors, not rasters; burn them into class "
+        raise DataError(f"{where}: {few(sorted(f.name for f in layers), 3)} are vectors, not rasters; burn "
+                        "them into class "
                         "maps first: aerial_masks IMAGES LABELS OUT, and pass OUT as the labels")
 
 # %% ../../nbs/data/table.ipynb #69050427
@@ -111,7 +112,8 @@ def pair_files(
     wrong = [f"several {role}s for '{k}': {few(f.name for f in files)}"
              for role in by for k, files in by[role].items() if len(files) > 1] + _lone(by, labels, unlabelled)
     if wrong:
-        raise DataError(f"{images} and {labels} do not pair: {'; '.join(wrong)}; names must agree but for affixes such "
+        raise DataError(f"{images} and {labels} do not pair: {'; '.join(wrong)}; names must agree but for "
+                        "affixes such "
                         "as _sat and _mask (or pass key=), and unlabelled=True admits images without a label")
     bare = [k for k in by["image"] if valid is not None and k not in by["valid"]]
     if bare: logger.warning("%d images have no valid mask and count as whole: %s", len(bare), few(bare, 5))

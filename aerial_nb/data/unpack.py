@@ -39,20 +39,24 @@ def _member(archive: Path, name: str, size: int, plain: bool, opener, strip: int
     "A member that stays inside; None for one that stripping leaves nameless."
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in name:
-        raise DataError(f"{archive}: the member {name!r} would be written outside the folder; the archive is refused: take it from its publisher")
-    if not plain: raise DataError(f"{archive}: the member {name!r} is a link or a device, not a file; the archive is refused")
+        raise DataError(f"{archive}: the member {name!r} would be written outside the folder; the archive is "
+                        "refused: take it from its publisher")
+    if not plain: raise DataError(f"{archive}: the member {name!r} is a link or a device, not a file; the "
+                                  "archive is refused")
     return Member(PurePosixPath(*path.parts[strip:]), size, opener) if len(path.parts) > strip else None
 
 def _zip_members(archive: Path, opened: zipfile.ZipFile, strip: int):
     for info in opened.infolist():
         if info.is_dir(): continue
-        if info.flag_bits & 1: raise DataError(f"{archive}: {info.filename!r} is locked with a password; unpack it by hand")
+        if info.flag_bits & 1: raise DataError(f"{archive}: {info.filename!r} is locked with a password; "
+                                               "unpack it by hand")
         plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
         yield _member(archive, info.filename, info.file_size, plain, lambda i=info: opened.open(i), strip)
 
 def _tar_members(archive: Path, opened: tarfile.TarFile, strip: int):
     for info in opened:
-        if not info.isdir(): yield _member(archive, info.name, info.size, info.isreg(), lambda i=info: opened.extractfile(i), strip)
+        if info.isdir(): continue
+        yield _member(archive, info.name, info.size, info.isreg(), lambda i=info: opened.extractfile(i), strip)
 
 # %% ../../nbs/data/unpack.ipynb #44c31822
 @contextmanager
@@ -65,7 +69,8 @@ def _members(archive: Path, strip: int):
             yield _tar_members(archive, opened, strip), None
             while opened.fileobj.read(1 << 20): pass   # to the end: the sum of a .gz is its last word
     else:
-        raise DataError(f"{archive}: {archive.stat().st_size} bytes that are no zip, tar or 7z: cut short, or something else under that name; "
+        raise DataError(f"{archive}: {archive.stat().st_size} bytes that are no zip, tar or 7z: cut short, or "
+                        "something else under that name; "
                         "delete it and fetch it again")
 
 def unpack(
@@ -83,7 +88,7 @@ def unpack(
         waiting.mkdir(parents=True, exist_ok=True)
         if ".7z" in archive.suffixes: return _unpack_7z(archive, folder, waiting)
         with _members(archive, strip) as (members, total):
-            for member in tqdm(members, desc=f"unpack {archive.name}", unit="file", total=total, disable=not progress):
+            for member in tqdm(members, f"unpack {archive.name}", total, unit="file", disable=not progress):
                 if member is not None and keep(str(member.name)): _write(member, waiting)
         return settle(waiting, folder)
 
@@ -97,7 +102,8 @@ def _write(member: Member, waiting: Path) -> None:
     if member.size > (free := shutil.disk_usage(waiting).free):
         raise OSError(errno.ENOSPC, f"{member.name} needs {member.size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     with member.open() as source, part.open("wb") as file: shutil.copyfileobj(source, file, 1 << 20)
-    if part.stat().st_size != member.size: raise EOFError(f"{member.name} has {part.stat().st_size} of {member.size} bytes")
+    if part.stat().st_size != member.size: raise EOFError(f"{member.name} has {part.stat().st_size} of "
+                                                          f"{member.size} bytes")
     os.replace(part, target)
 
 def settle(waiting: Path, folder: Path) -> int:
@@ -119,20 +125,25 @@ def _told(archive: Path, folder: Path, waiting: Path):
     try: yield
     except _DAMAGE as error:
         shutil.rmtree(waiting, ignore_errors=True)
-        raise DataError(f"{archive}: a damaged archive ({error}); delete it and fetch it again; none of its files are in {folder}") from None
+        raise DataError(f"{archive}: a damaged archive ({error}); delete it and fetch it again; none of its "
+                        f"files are in {folder}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"{folder}: no room to unpack {archive.name} ({error.strerror}); free some, and run the same command again: what is "
+            raise DataError(f"{folder}: no room to unpack {archive.name} ({error.strerror}); free some, and "
+                            "run the same command again: what is "
                             "unpacked is kept") from None
-        raise DataError(f"{folder}: cannot unpack {archive.name} there ({error.strerror or error}); choose another place with --folder") from None
+        raise DataError(f"{folder}: cannot unpack {archive.name} there ({error.strerror or error}); choose "
+                        "another place with --folder") from None
 
 # %% ../../nbs/data/unpack.ipynb #efe223c4
 def find_7z() -> str: # the program's path; raises DataError with what to install
     "7-Zip, under one of its names."
     found = next((p for n in ("7z", "7zz", "7za", "7zr") if (p := shutil.which(n))), None)
     if found: return found
-    raise DataError("this data set comes as 7z, and the program 7-Zip is not installed: install it (apt install 7zip or p7zip-full, "
-                    "brew install sevenzip, or from 7-zip.org), so that the command 7z works, and run the same command again")
+    raise DataError("this data set comes as 7z, and the program 7-Zip is not installed: install it (apt "
+                    "install 7zip or p7zip-full, "
+                    "brew install sevenzip, or from 7-zip.org), so that the command 7z works, and run the same "
+                    "command again")
 
 def _unpack_7z(archive: Path, folder: Path, waiting: Path) -> int:
     "Let 7-Zip unpack into the hidden folder, and look at what came out before it moves."
@@ -140,8 +151,10 @@ def _unpack_7z(archive: Path, folder: Path, waiting: Path) -> int:
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if ended.returncode:
         last = [line for line in (ended.stdout + ended.stderr).splitlines() if line.strip()][-1:]
-        raise DataError(f"{archive}: 7-Zip failed with code {ended.returncode} ({' '.join(last)}); is every part there and whole? delete them "
+        raise DataError(f"{archive}: 7-Zip failed with code {ended.returncode} ({' '.join(last)}); is every "
+                        "part there and whole? delete them "
                         "and fetch them again")
     links = [p for p in waiting.rglob("*") if p.is_symlink()]
-    if links: shutil.rmtree(waiting); raise DataError(f"{archive}: the member {links[0].name!r} is a link, not a file; the archive is refused")
+    if links: shutil.rmtree(waiting); raise DataError(f"{archive}: the member {links[0].name!r} is a link, not "
+                                                      "a file; the archive is refused")
     return settle(waiting, folder)
