@@ -392,6 +392,9 @@ def apls(
     many = max(len(r.found) for r in routes)
     if many > most_sources: logger.warning("%d control points: routes start from %d of them, evenly spread", many, most_sources)
     scores = [r.score for r in routes]
+    for name, r in zip(("truth", "proposal"), routes):
+        if np.isnan(r.score): logger.warning("the %s has %d control points and no route that counts: roads too short for %s", name,
+                                             len(r.found), ", ".join(f"{k}={v:g}" for k, v in asdict(p).items() if k in ("margin_m", "min_path_m")))
     return AplsResult(_combined(variant, *scores), *scores, used, tuple(routes), tuple(graphs))
 
 def _lines_of(roads, crs):
