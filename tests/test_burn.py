@@ -28,7 +28,7 @@ from aerial_nb.data.raster import DataError, read_pixels, write_raster
 from aerial_nb.data.vectors import PIXELS, open_layer, resolve_crs
 
 REAL = Path(__file__).parents[1] / "../shared/data"
-QUICK = settings(deadline=None, max_examples=40)
+QUICK = settings(deadline=None, max_examples=25)
 UTM = CRS("EPSG:32633")
 GRID = Grid((60, 80), UTM, Affine(0.5, 0, 500_000, 0, -0.5, 5_400_000))
 

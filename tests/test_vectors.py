@@ -16,7 +16,7 @@ from aerial_nb.data.raster import DataError
 from aerial_nb.data.vectors import PIXELS, list_layers, open_layer, read_layer, resolve_crs
 
 REAL = Path(__file__).parents[1] / "../shared/data"
-FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=12)
 LOCAL = 'LOCAL_CS["{}",UNIT["{}",{}],AXIS["Easting",EAST],AXIS["Northing",NORTH]]'
 
 

@@ -198,6 +198,11 @@ def _create(part: Path, grid, dtype: str, nodata):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         return rasterio.open(part, "w", **options)
 
+def _whole(path: Path) -> bool:
+    try:
+        with open_raster(path) as file: return _complete(file)
+    except DataError: return False
+
 @contextmanager
 def _new_raster(path: Path, grid, dtype: str, nodata=None):
     "An open TIFF that takes its name when the block ends well, and leaves nothing behind otherwise."
@@ -205,11 +210,12 @@ def _new_raster(path: Path, grid, dtype: str, nodata=None):
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
         with _create(part, grid, dtype, nodata) as file: yield file
-        with open_raster(part) as file:
-            if not _complete(file): raise OSError(28, f"not all of {path.name} could be written: is the disk full?")
+        if not _whole(part):   # GDAL does not say when a write failed
+            raise OSError(f"{path}: could not be written whole: is the disk full?")
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../../nbs/data/maskfiles.ipynb #cb215c69
 def _strips(shape) -> list[tuple[int, int]]:
     "First row and number of rows of strips that end on blocks of 256."
     rows, cols = shape

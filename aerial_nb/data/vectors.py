@@ -158,7 +158,7 @@ def _states_crs(path: Path) -> bool:
     "Whether a GeoJSON names its CRS; without, it is in degrees by the standard."
     with open(path, "rb") as file:
         head = file.read(1 << 16); file.seek(max(0, Path(path).stat().st_size - (1 << 16)))
-        return b'"crs"' in head or b'"crs"' in file.read()
+        return any(re.search(rb'"crs"\s*:\s*\{', part) for part in (head, file.read()))
 
 def _read(path: Path, layer, geometry, crs, options: dict) -> tuple:
     "A table, the CRS its file states, and whether only by standard."
