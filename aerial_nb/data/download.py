@@ -106,7 +106,9 @@ class Line:
                             f"({error.__class__.__name__}); "
                             "update the certificates of this machine, or download it by hand") from None
         except (RequestException, HTTPError) as error:
-            raise _Again(f"{_host(remote.url)}: {error.__class__.__name__}") from None
+            lost = type(error) is requests.exceptions.ConnectionError
+            what = "cannot be reached (is this machine online?)" if lost else error.__class__.__name__
+            raise _Again(f"{_host(remote.url)}: {what}") from None
 
     def keep_trying(self, remote: Remote, once, progress=lambda: 0):
         "Call `once` until it is done; `progress` is a number that grows when bytes arrive."
