@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -32,7 +33,7 @@ from .checks import given
 from .raster import DataError, raster_info, write_bytes
 from .splits import SPLITS
 from .tilefiles import KINDS, PACKED, Home, Job, claimed, creation, extras, forget, mask_band, read_journal, write_tile
-from .windows import Cutting, Sheet, label_meaning, open_sheet, tell_dropped
+from .windows import Cutting, Sheet, open_sheet, tell_dropped
 
 # %% ../../nbs/data/cut.ipynb #2e2269c5
 logger = logging.getLogger(__name__)
@@ -40,9 +41,10 @@ logger = logging.getLogger(__name__)
 # %% ../../nbs/data/cut.ipynb #12e1af1c
 def cut_windows(job: Job, windows: np.ndarray, home: Home, cutting: Cutting, compress: str | None, stop, tick) -> None:
     "Cut some windows of an image; with `compress` None only look at them. Raises DataError, OSError."
-    with job.lock:
-        if job.meaning is None and "label" in job.files(): job.meaning = label_meaning(job.files()["label"], cutting.labels)
-    with open_sheet(job.row, job.meaning) as sheet, home.journal(job).open("ab") as journal, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+    with ExitStack() as stack:
+        with job.lock: sheet = stack.enter_context(open_sheet(job.row, job.meaning, cutting.labels)); job.meaning = sheet.meaning
+        journal = stack.enter_context(home.journal(job).open("ab"))
+        stack.enter_context(rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True))
         stored = {column: _stored_like(sheet, column, compress) for column in sheet.files} if compress else {}
         for window in windows:
             if stop.is_set() or job.failure: return

@@ -132,7 +132,7 @@ def read_journal(
             record = json.loads(line); records[record["row"], record["col"]] = record
     if head != json.dumps(identity).encode():
         forget(home, job, records)
-        write_bytes(path, json.dumps(identity).encode() + b"\n")
+        path.write_bytes(json.dumps(identity).encode() + b"\n")
         return {}
     if lines and lines[-1]:
         with path.open("ab") as file: file.write(b"\n")

@@ -127,20 +127,31 @@ def label_meaning(
     labels: dict | None = None, # arguments of `read_class_map`
 ) -> Meaning: # raises DataError: unreadable, or values that are unclear
     "Decide once what the values of a label file mean, as `read_class_map` does, but in constant memory."
-    with open_raster(path) as d:
-        if d.count not in (1, 3) or (d.count == 3 and d.dtypes[0] != "uint8"):
-            raise DataError(f"{path}: a label of {d.count} bands of {d.dtypes[0]}; give one band, or three of uint8")
-        values, lossy = _values_of(d), is_lossy(d)
-        if len(values) > 4096: raise DataError(f"{path}: {len(values)} different values; a label has a few, is this an image?")
-        if lossy and not labels: values = np.union1d(values, [0, 254, 255]).astype(values.dtype)  # 254 beside 255 speaks of noise
-        stored = values[None] if d.count == 1 else np.stack([values >> 16, values >> 8 & 255, values & 255]).astype("uint8")
-        with MemoryFile() as memory:
-            with memory.open(driver="GTiff", height=1, width=len(values), count=d.count, dtype=d.dtypes[0], nodata=d.nodata,
-                             crs="EPSG:3857", transform=from_origin(0, 1, 1, 1)) as tiny:
-                tiny.write(stored[:, None])
-                if raster._has_palette(d): tiny.write_colormap(1, d.colormap(1))
-            try: return Meaning(values, read_class_map(memory.name, **(labels or {}))[0])
-            except DataError as error: raise DataError(str(error).replace(memory.name, str(path))) from None
+    with open_raster(path) as d: return _meaning(path, d, labels or {})
+
+_decided = {}  # folders of labels hold the same few values again and again
+
+def _meaning(path, d, labels: dict) -> Meaning:
+    "The meaning of an open label."
+    if d.count not in (1, 3) or (d.count == 3 and d.dtypes[0] != "uint8"):
+        raise DataError(f"{path}: a label of {d.count} bands of {d.dtypes[0]}; give one band, or three of uint8")
+    values, palette = _values_of(d), d.colormap(1) if raster._has_palette(d) else None
+    if len(values) > 4096: raise DataError(f"{path}: {len(values)} different values; a label has a few, is this an image?")
+    if is_lossy(d) and not labels: values = np.union1d(values, [0, 254, 255]).astype(values.dtype)  # 254 beside 255 speaks of noise
+    key = values.tobytes(), d.dtypes[0], d.count, d.nodata, repr(palette), repr(labels)
+    if key not in _decided: _decided[key] = Meaning(values, _classes_of(path, values, d, palette, labels))
+    return _decided[key]
+
+def _classes_of(path, values: np.ndarray, d, palette, labels: dict) -> np.ndarray: # uint8
+    "What `read_class_map` makes of an image that holds each value once."
+    stored = values[None] if d.count == 1 else np.stack([values >> 16, values >> 8 & 255, values & 255]).astype("uint8")
+    with MemoryFile() as memory:
+        with memory.open(driver="GTiff", height=1, width=len(values), count=d.count, dtype=d.dtypes[0], nodata=d.nodata,
+                         crs="EPSG:3857", transform=from_origin(0, 1, 1, 1)) as tiny:
+            tiny.write(stored[:, None])
+            if palette: tiny.write_colormap(1, palette)
+        try: return read_class_map(memory.name, **labels)[0]
+        except DataError as error: raise DataError(str(error).replace(memory.name, str(path))) from None
 
 # %% ../../nbs/data/windows.ipynb #d845ff68
 @dataclass(frozen=True)
@@ -208,12 +219,12 @@ def open_sheet(
     labels: dict | None = None,     # arguments of `read_class_map`
 ): # a Sheet; raises DataError: missing or corrupt file, sizes or places that differ
     "Open the files of one row for reading window by window."
-    paths = {name: str(row[name]) for name in ("image", "label", "valid") if given(row.get(name))}
+    paths = {name: str(row[name]) for name in ("image", "valid", "label") if given(row.get(name))}  # errors go to the last opened
     with ExitStack() as stack:
         files = {name: stack.enter_context(open_raster(path)) for name, path in paths.items()}
         image = files["image"]
         for name in paths.keys() - {"image"}: _same_place(paths[name], files[name], paths["image"], image)
-        if "label" in files and meaning is None: meaning = label_meaning(paths["label"], labels)
+        if "label" in files and meaning is None: meaning = _meaning(paths["label"], files["label"], labels or {})
         yield Sheet(row, files, meaning)
 
 def _same_place(path: str, file, image_path: str, image) -> None:
