@@ -353,3 +353,13 @@ def test_real_blank_parts():
         image = folder / "images" / f"{beside.stem}.jpg"
         truth = read_pixels(image, valid_path=beside).valid
         assert (read_pixels(image, fill=(255, 255, 255)).valid == truth).mean() > 0.998
+
+
+@pytest.mark.parametrize("name, known", [("WGS 84 / Pseudo-Mercator", True), ("somewhere", False)])
+def test_a_local_crs_is_resolved_or_has_no_ground_resolution(tmp_path, name, known):
+    wkt = f'LOCAL_CS["{name}",UNIT["metre",1],AXIS["Easting",EAST],AXIS["Northing",NORTH]]'
+    file = tmp_path / "tile.tif"
+    with rasterio.open(file, "w", driver="GTiff", width=8, height=8, count=1, dtype="uint8", crs=rasterio.CRS.from_wkt(wkt),
+                       transform=from_origin(0, 3_503_549.8, 4.78, 4.78)) as d: d.write(np.ones((1, 8, 8), "uint8"))
+    gsd = raster_info(file).gsd_m
+    assert gsd == pytest.approx(4.78 * np.cos(np.radians(30)), rel=3e-3) if known else gsd is None

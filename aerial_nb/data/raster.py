@@ -56,6 +56,12 @@ def _to_map(transform, col, row):
     t = transform
     return t.a * col + t.b * row + t.c, t.d * col + t.e * row + t.f
 
+def _meant(crs):
+    "The CRS that a local one, as SpaceNet 7 carries, names; None when it names none."
+    from aerial_nb.data.vectors import resolve_crs
+    try: return rasterio.CRS.from_wkt(resolve_crs(crs).to_wkt())
+    except ValueError: return None
+
 def ground_resolution(
     crs,                     # rasterio CRS or None
     transform,               # affine or None
@@ -63,6 +69,8 @@ def ground_resolution(
 ) -> float | None: # metres per pixel at the centre, geometric mean of both sides; None in pixel space
     "Ground resolution of a georeferenced raster."
     if crs is None or transform is None: return None
+    if not (crs.is_projected or crs.is_geographic): crs = _meant(crs)
+    if crs is None: return None
     rows, cols = shape
     col, row = cols / 2 + np.array([0, 1, 0]), rows / 2 + np.array([0, 0, 1])
     x, y = _to_map(transform, col, row)
