@@ -198,12 +198,13 @@ def map_split(
     samples,       # samples table, or a BlockSplit; images need a place on the earth
     tiles=None,    # name of a background map, such as "OpenStreetMap"; None draws footprints on white
     notes=None,    # (n,) text for each row of a table, shown under its name
+    lonlat=None,   # (n, 4, 2) corners in degrees, for images whose files carry no place
 ): # -> folium.Map, with `save(file)`; raises DataError where no image has a place
     "An interactive map of footprints, coloured by split."
     import folium
     rows = samples
     if isinstance(samples, BlockSplit): rows = pd.concat([samples.left_out.assign(split="left out"), samples.samples], ignore_index=True)
-    lonlat = ground_of(rows).lonlat
+    lonlat = ground_of(rows).lonlat if lonlat is None else np.asarray(lonlat, float)
     known = np.flatnonzero(np.isfinite(lonlat).all(axis=(1, 2)))
     if not len(known): raise DataError("no image has a place on the earth: a map needs georeferenced images; plot_split takes shapes=")
     page = folium.Map(tiles=tiles, prefer_canvas=True, control_scale=True)
