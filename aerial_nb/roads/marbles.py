@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from .graph import RoadGraph
-from .walks import chains, network, scratch, walk_published, walk_shortest
+from .walks import chains, network, scratch, walk_many
 
 # %% ../../nbs/roads/marbles.ipynb #46068b35
 logger = logging.getLogger(__name__)
@@ -252,19 +252,6 @@ def carry(starts: Starts, truth: Side, proposal: Side, p: TopoParameters) -> tup
         away[turn[best]] = away[turn[best]][:, ::-1]
     return found, Starts(here, ends, _snap(away, proposal))
 
-# %% ../../nbs/roads/marbles.ipynb #ee54fbd8
-@njit(cache=True)
-def _lay_points(net, work, nodes, away, interval, reach, published, degrees):
-    "Points of all walks: positions, slots, and where each walk's points begin."
-    points, slots = np.empty((4096, 2)), np.empty(4096, np.int64)
-    begin, n = np.zeros(len(nodes) + 1, np.int64), 0
-    for i in range(len(nodes)):
-        place = (nodes[i, 0], nodes[i, 1], away[i, 0], away[i, 1])
-        if published: points, slots, n = walk_published(net, work, place, interval, reach, degrees, points, slots, n)
-        else: points, slots, n = walk_shortest(net, work, place, interval, reach, points, slots, n)
-        begin[i + 1] = n
-    return points[:n], slots[:n], begin
-
 # %% ../../nbs/roads/marbles.ipynb #6535d59a
 @njit(cache=True)
 def _fill_cells(holes, lo, hi, low, cell, shape, first, items):
@@ -342,7 +329,7 @@ def meet(truth: Side, proposal: Side, starts: Starts, places: Starts, p: TopoPar
     "Walk a batch of pairs: counts per start (k, 5), and edges of (found, all) holes and (matched, all) marbles."
     unit, published, walks = truth.unit_m, p.rules == "published", []
     for side, place in ((proposal, places), (truth, starts)):
-        points, slots, begin = _lay_points(side.net, scratch(side.net), place.nodes, place.away, p.interval_m / unit,
+        points, slots, begin = walk_many(side.net, scratch(side.net), place.nodes, place.away, p.interval_m / unit,
                                            reach_m / unit, published, side.degrees)
         walks.append((points, side.net.way[slots], begin)); walks.append(side.net.edge[slots])
     marbles, marble_edge, (points, ways, begin), hole_edge = walks

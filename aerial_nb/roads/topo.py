@@ -15,65 +15,21 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
-from fastcore.script import call_parse
-from numba import njit
+from fastcore.script import anno_parser
 
 from .graph import RoadGraph
 from .marbles import DEGREE_M, Side, Starts, TopoParameters, carry, lay_starts, meet, sides
-from .walks import clean, scratch, spread
+from .walks import near_along, scratch
 
 # %% ../../nbs/roads/topo.ipynb #5d7289bd
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/roads/topo.ipynb #e9cfdd52
-@njit(cache=True)
-def _between_published(net, work, n1, n2, away, m1, m2, far, limit):
-    "Distance between two places with the published search, whose second end also begins at the first one's distance."
-    if n1 == m1 and n2 == m2: return abs(away[0] - far[0])
-    if n1 == m2 and n2 == m1: return abs(away[0] - far[1])
-    queue, best, touched = [(n1, np.int64(-1), away[0]), (n2, np.int64(-1), away[0])], np.inf, 0
-    head = 0
-    while head < len(queue):
-        u, last, dist = queue[head]
-        head += 1
-        if work.label[u] <= dist or dist > limit: continue
-        if work.label[u] == np.inf: work.touched[touched] = u; touched += 1
-        work.label[u] = dist
-        for slot in range(net.start[u], net.start[u + 1]):
-            v = net.node[slot]
-            if v == last or v == n1 or v == n2: continue
-            if u == m1 and v == m2: best = min(best, dist + far[0])
-            elif u == m2 and v == m1: best = min(best, dist + far[1])
-            queue.append((v, u, dist + net.length[slot]))
-    clean(work, touched)
-    return best
-
-@njit(cache=True)
-def _between(net, work, n1, n2, away, m1, m2, far, limit):
-    "Shortest distance between two places along the network, up to a limit."
-    if n1 == m1 and n2 == m2: return abs(away[0] - far[0])
-    if n1 == m2 and n2 == m1: return abs(away[0] - far[1])
-    touched = spread(net, work, (n1, n2, away[0], away[1]), limit)
-    best = min(work.label[m1] + far[0], work.label[m2] + far[1])
-    clean(work, touched)
-    return best
-
-@njit(cache=True)
-def _rivals(net, work, nodes, away, a, b, limit, look, published):
-    "Whether place b is within the limit of place a along the network, for each pair."
-    near = np.zeros(len(a), np.bool_)
-    for k in range(len(a)):
-        i, j = a[k], b[k]
-        if published: d = _between_published(net, work, nodes[i, 0], nodes[i, 1], away[i], nodes[j, 0], nodes[j, 1], away[j], look)
-        else: d = _between(net, work, nodes[i, 0], nodes[i, 1], away[i], nodes[j, 0], nodes[j, 1], away[j], look)
-        near[k] = d < limit
-    return near
-
-# %% ../../nbs/roads/topo.ipynb #d85e71e2
 def thin(proposal: Side, places: Starts, precision: np.ndarray, p: TopoParameters) -> np.ndarray: # (k,) bool
     "Which starts stay."
     from scipy.spatial import cKDTree
@@ -86,7 +42,7 @@ def thin(proposal: Side, places: Starts, precision: np.ndarray, p: TopoParameter
     step = np.abs(at[a] - at[b])
     near = (step[:, 0] <= look) & (step[:, 1] * shrink[a] <= look)
     a, b = a[near], b[near]
-    near = _rivals(proposal.net, scratch(proposal.net), places.nodes, places.away, a, b, p.thin_m / proposal.unit_m, look,
+    near = near_along(proposal.net, scratch(proposal.net), places.nodes, places.away, a, b, p.thin_m / proposal.unit_m, look,
                    p.rules == "published")
     order = np.argsort(a[near], kind="stable")
     a, b = a[near][order], b[near][order]
@@ -318,7 +274,20 @@ def _read(path: str, crs: str | None, image: str | None, gsd_m: float | None) ->
         raise ValueError(f"{path}: roads in pixels; say how many metres a pixel has with --gsd_m")
     return graph, False
 
-@call_parse
+def _command(func):
+    "A command of a function, as fastcore's call_parse makes it; options may have dashes or underscores."
+    @wraps(func)
+    def run(*args, **kwargs):
+        if args or kwargs: return func(*args, **kwargs)
+        parser = anno_parser(func)
+        known = {o.replace("-", "_"): o for action in parser._actions for o in action.option_strings}
+        parts = [word.partition("=") for word in sys.argv[1:]]
+        words = [known.get(name.replace("-", "_"), name) + sign + value for name, sign, value in parts]
+        return func(**{k: v for k, v in vars(parser.parse_args(words)).items() if k not in ("pdb", "xtra")})
+    return run
+
+# %% ../../nbs/roads/topo.ipynb #2c9fc51e
+@_command
 def aerial_topo(
     truth: str,     # file of the true roads: GeoJSON, GeoPackage, CSV of WKT, Sat2Graph pickle, ...
     proposal: str,  # file of the proposed roads

@@ -6,7 +6,7 @@ Compiled walks on road networks: neighbours, chains, distances within reach, poi
 
 # %% auto #0
 __all__ = ['Network', 'network', 'chains', 'Scratch', 'scratch', 'spread', 'clean', 'slot_between', 'walk_shortest',
-           'walk_published']
+           'walk_published', 'walk_many', 'near_along']
 
 # %% ../../nbs/roads/walks.ipynb #dd4621d1
 import math
@@ -211,13 +211,14 @@ def _walk_own(net, place, interval, reach, degrees, points, slots, n):
 def _walk_slot(net, work, slot, u, dist, interval, reach, points, slots, n, first):
     "Points on one slot, between what was covered before from either end."
     v, length = net.node[slot], net.length[slot]
-    along = interval * math.ceil(dist / interval) - dist
+    eps = 1e-9 * interval       # rounding shall not decide about points on nodes, or at the very reach
+    along = max(interval * math.ceil(dist / interval - 1e-9) - dist, 0.)
     again = not math.isnan(work.covered[slot])
     low = work.covered[slot] if again else 0.
     high = length if math.isnan(work.covered[net.back[slot]]) else length - work.covered[net.back[slot]]
-    while along < length:
+    while along < length - eps:
         alpha = along / length
-        if dist + length * alpha > reach: break
+        if dist + length * alpha > reach + eps: break
         if length * alpha >= low:
             if length * alpha > high: break
             p = net.at[v, 0] * alpha + net.at[u, 0] * (1 - alpha)
@@ -262,3 +263,60 @@ def walk_published(net, work, place, interval, reach, degrees, points, slots, n)
     clean(work, count)
     for i in range(marked): work.covered[work.slots[i]] = np.nan
     return points, slots, n
+
+# %% ../../nbs/roads/walks.ipynb #7b89571b
+@njit(cache=True)
+def walk_many(net, work, nodes, away, interval, reach, published, degrees):
+    "Points of all walks: positions, slots, and where each walk's points begin."
+    points, slots = np.empty((4096, 2)), np.empty(4096, np.int64)
+    begin, n = np.zeros(len(nodes) + 1, np.int64), 0
+    for i in range(len(nodes)):
+        place = (nodes[i, 0], nodes[i, 1], away[i, 0], away[i, 1])
+        if published: points, slots, n = walk_published(net, work, place, interval, reach, degrees, points, slots, n)
+        else: points, slots, n = walk_shortest(net, work, place, interval, reach, points, slots, n)
+        begin[i + 1] = n
+    return points[:n], slots[:n], begin
+
+# %% ../../nbs/roads/walks.ipynb #7be01926
+@njit(cache=True)
+def _between_published(net, work, n1, n2, away, m1, m2, far, limit):
+    "Distance between two places with the published search, whose second end also begins at the first one's distance."
+    if n1 == m1 and n2 == m2: return abs(away[0] - far[0])
+    if n1 == m2 and n2 == m1: return abs(away[0] - far[1])
+    queue, best, touched = [(n1, np.int64(-1), away[0]), (n2, np.int64(-1), away[0])], np.inf, 0
+    head = 0
+    while head < len(queue):
+        u, last, dist = queue[head]
+        head += 1
+        if work.label[u] <= dist or dist > limit: continue
+        if work.label[u] == np.inf: work.touched[touched] = u; touched += 1
+        work.label[u] = dist
+        for slot in range(net.start[u], net.start[u + 1]):
+            v = net.node[slot]
+            if v == last or v == n1 or v == n2: continue
+            if u == m1 and v == m2: best = min(best, dist + far[0])
+            elif u == m2 and v == m1: best = min(best, dist + far[1])
+            queue.append((v, u, dist + net.length[slot]))
+    clean(work, touched)
+    return best
+
+@njit(cache=True)
+def _between(net, work, n1, n2, away, m1, m2, far, limit):
+    "Shortest distance between two places along the network, up to a limit."
+    if n1 == m1 and n2 == m2: return abs(away[0] - far[0])
+    if n1 == m2 and n2 == m1: return abs(away[0] - far[1])
+    touched = spread(net, work, (n1, n2, away[0], away[1]), limit)
+    best = min(work.label[m1] + far[0], work.label[m2] + far[1])
+    clean(work, touched)
+    return best
+
+@njit(cache=True)
+def near_along(net, work, nodes, away, a, b, limit, look, published):
+    "Whether place b[k] is nearer than a limit to place a[k] along the network; searches up to `look`, (k,) bool."
+    near = np.zeros(len(a), np.bool_)
+    for k in range(len(a)):
+        i, j = a[k], b[k]
+        if published: d = _between_published(net, work, nodes[i, 0], nodes[i, 1], away[i], nodes[j, 0], nodes[j, 1], away[j], look)
+        else: d = _between(net, work, nodes[i, 0], nodes[i, 1], away[i], nodes[j, 0], nodes[j, 1], away[j], look)
+        near[k] = d < limit
+    return near

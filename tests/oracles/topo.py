@@ -116,6 +116,7 @@ def walk_published(net, frame, place, interval, reach):
     at, near = net
     n1, n2, d1, d2 = place
     marbles, length = [], frame.distance(at[n2], at[n1])
+    eps = 1e-9 * interval   # rounding shall not decide about marbles on nodes, or at the very reach
     alpha, way = 0., frame.direction(at[n1], at[n2])
     def drop(u, v, alpha, way):
         (a0, b0), (a1, b1) = at[u], at[v]
@@ -138,12 +139,12 @@ def walk_published(net, frame, place, interval, reach):
             length, way = frame.distance(at[v], at[u]), frame.direction(at[u], at[v])
             queue.append((v, u, dist + length))
             if before + length < reach: continue    # all of this edge had its marbles before
-            along = interval * math.ceil(dist / interval) - dist
+            along = max(interval * math.ceil(dist / interval - 1e-9) - dist, 0.)
             low, high = covered.get((u, v), 0), length
             if (v, u) in covered: high = length - covered[v, u]
-            while along < length:
+            while along < length - eps:
                 alpha = along / length
-                if dist + length * alpha > reach: break
+                if dist + length * alpha > reach + eps: break
                 if length * alpha >= low:
                     if length * alpha > high: break
                     drop(u, v, alpha, way)
@@ -255,7 +256,7 @@ def topo_plain(truth, proposal, frame, p, published=True, region=None):
         first = matched(marbles, twice, frame, p["match"], p["match_cos"]) if published else hit
         rows.append((i, place, places[i][0], first / len(marbles), hit / len(holes)))
     between = between_published if published else between_corrected
-    kept = thin(rows, proposal, frame, p["thin"], 1.5 * p["thin"], p["keep"], between)
+    kept = thin(rows, proposal, frame, p["thin"], p["look"], p["keep"], between)
     mean = lambda k: sum(r[k] for r in kept) / len(kept) if kept else 0.  # noqa: E731
     coverage = len(kept) / len(places) if places else math.nan
     return dict(precision=mean(3), mean_recall=mean(4), coverage=coverage, overall_recall=mean(4) * coverage,
