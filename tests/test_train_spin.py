@@ -70,6 +70,17 @@ def test_the_executed_notebook_shows_figures_and_no_machine(split_run):
     assert kinds.count("image/png") >= 6 and "text/markdown" in kinds
 
 
+def test_directions_are_learned_shown_and_recorded(tmp_path):
+    done = papermill(tmp_path, orientation=True, orientation_weight=0.5, models="spin", epochs=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = only_run(tmp_path)
+    assert (run.path / "figures/directions.png").is_file() and run.params["orientation"] is True
+    found, loading = run.metrics["directions"]["spin"], run.metrics["loading"]
+    assert 0 <= found["found"] <= 1 and 0 < loading["share"] < 1 and loading["share_of_step"] > 0
+    card = json.loads((run.arms["spin-seed0"].path / "model.json").read_text())
+    assert card["arguments"]["tasks"] == "road,orientation" and card["extra"]["recipe"]["orientation_weight"] == 0.5
+
+
 def test_unknown_and_impossible_parameters_are_refused_together(tmp_path):
     done = papermill(tmp_path, epoch=200, epochs=-3, protocol="fit", models="hourglass,spinn")
     assert done.returncode != 0

@@ -44,29 +44,35 @@ def _road(mask, valid) -> tuple: # (rows, cols) bool, and (rows, cols) bool or N
 _UNIT = 1 << 20   # length of a direction: whole numbers add up to the same sum in any order
 
 @njit(cache=True, nogil=True)
-def _fit(starts, points, threads, reach):
+def _line(points, first, n, lo, count):
+    "Least squares through count points from lo on, round and round: doubled direction, mean square distance."
+    sr, sc, srr, scc, src = 0, 0, 0, 0, 0
+    for j in range(lo, lo + count):
+        k = first + j if 0 <= j < n else first + j % n
+        r, c = points[k, 0] - points[first, 0], points[k, 1] - points[first, 1]
+        sr, sc, srr, scc, src = sr + r, sc + c, srr + r * r, scc + c * c, src + r * c
+    a = float(count * (scc - srr) - sc * sc + sr * sr)
+    b = float(2 * (count * src - sr * sc))
+    size = np.sqrt(a * a + b * b)
+    return a, b, size, (count * (srr + scc) - sr * sr - sc * sc - size) / (2.0 * count * count)
+
+@njit(cache=True, nogil=True)
+def _fit(starts, points, threads, reach, least, tolerance):
     "Doubled direction at each point of each thread and ring, (p, 2) int32; 0 at node pixels and where there is none."
     out = np.zeros((len(points), 2), np.int32)
     for e in range(len(starts) - 1):
         first, n = starts[e], starts[e + 1] - starts[e]
         ring = e >= threads
+        shortest = min(least, max(n // 8, 1)) if ring else least
         for i in range(0 if ring else 1, n if ring else n - 1):
-            half = min(reach, max(n // 8, 1)) if ring else reach
-            lo, count = i - half, 2 * half + 1
-            if not ring:
-                count = min(count, n)
-                lo = max(0, min(lo, n - count))
-            sr, sc, srr, scc, src = 0, 0, 0, 0, 0
-            for j in range(lo, lo + count):
-                k = first + (j % n if ring else j)
-                r, c = points[k, 0] - points[first, 0], points[k, 1] - points[first, 1]
-                sr, sc, srr, scc, src = sr + r, sc + c, srr + r * r, scc + c * c, src + r * c
-            a = count * (scc - srr) - sc * sc + sr * sr
-            b = 2 * (count * src - sr * sc)
-            size = np.sqrt(float(a) * a + float(b) * b)
-            if size > 0:
-                out[first + i, 0] = np.rint(a / size * _UNIT)
-                out[first + i, 1] = np.rint(b / size * _UNIT)
+            half = min(reach, max((n - 1) // 2, shortest))
+            while True:
+                count = min(2 * half + 1, n)
+                lo = i - half if ring else max(0, min(i - half, n - count))
+                a, b, size, off = _line(points, first, n, lo, count)
+                if off <= tolerance * tolerance or half <= shortest: break
+                half = max(half * 2 // 3, shortest)
+            if size > 0: out[first + i, 0], out[first + i, 1] = np.rint(a / size * _UNIT), np.rint(b / size * _UNIT)
     return out
 
 # %% ../../nbs/roads/orientation.ipynb #107e05ee
@@ -97,10 +103,12 @@ def _spread(road, cols, seeds, owner, offset, line, band):
                 line[tail] = q
                 tail = tail + 1 if tail + 1 < len(line) else 0
 
-def _doubled(road: np.ndarray, reach_px: int, band_px: float) -> tuple: # (n,) row, (n,) column, (n, 2) int32
+def _doubled(road: np.ndarray, eps_px: float, band_px: float) -> tuple: # (n,) row, (n,) column, (n, 2) int32
     "Pixels that have a direction, and their doubled directions, of a mask as it lies."
     graph, cols = pixel_graph(road), road.shape[1] + 2
-    vectors = _fit(graph.starts, graph.points, len(graph), reach_px)
+    reach, least = max(round(5 * eps_px), 2), max(round(1.5 * eps_px), 2)
+    tolerance = np.hypot(0.5, eps_px / 6)      # half a pixel is the grid's share
+    vectors = _fit(graph.starts, graph.points, len(graph), reach, least, tolerance)
     seeds = np.where(vectors[:, 0] | vectors[:, 1], (graph.points[:, 0] + 1) * cols + graph.points[:, 1] + 1, -1)
     flat = np.zeros((road.shape[0] + 2, cols), np.uint8)
     flat[1:-1, 1:-1] = road
@@ -142,11 +150,11 @@ def turn_vectors(
     return d4(vectors, k) * _signs(k)[:, None, None]
 
 # %% ../../nbs/roads/orientation.ipynb #b1549005
-def _directions(road: np.ndarray, reach_px: float, band_px: float) -> tuple: # (n,) places, (n, 2) int32
+def _directions(road: np.ndarray, eps_px: float, band_px: float) -> tuple: # (n,) places, (n, 2) int32
     "Flat places of pixels and their doubled directions, which turn with the mask; any length, 0 where they cancel."
     if not road.any(): return np.zeros(0, np.int64), np.zeros((0, 2), np.int32)
     ways, (rows, cols) = _ways(road), road.shape
-    r, c, there = _doubled(d4(road, ways[0]), max(round(reach_px), 1), band_px)
+    r, c, there = _doubled(d4(road, ways[0]), eps_px, band_px)
     places, vectors = [], []
     for k in map(inverse, ways):
         exchange, reverse_rows, reverse_cols = _move(k)
@@ -182,7 +190,7 @@ def _bin(out, places, vectors, bins):
 
 def orientation_classes(
     mask: np.ndarray,         # (rows, cols): bool, 0/1, 0/255, or a class map 0/1/255
-    rdp_eps_px: float = 4,    # smallest detail: lines are fitted 3 of it each way; published: tolerance of the polylines
+    rdp_eps_px: float = 4,    # tolerance of the lines that are fitted; they reach at most 5 of it each way
     band_px: float = 10,      # how far from the centre line road is labelled; published: half width of the bands
     bins: int = 36,           # classes of the half circle, a multiple of 4; published: of the full circle
     published: bool = False,  # the labels SPIN RoadMapper was trained on, faults included
@@ -194,7 +202,7 @@ def orientation_classes(
     if published: out = published_classes(road, rdp_eps_px, band_px, _check_bins(bins, 1))
     else:
         out = np.full(road.shape, _check_bins(bins), np.uint8)
-        _bin(out.ravel(), *_directions(road, 3 * rdp_eps_px, band_px), bins)
+        _bin(out.ravel(), *_directions(road, rdp_eps_px, band_px), bins)
     if valid is not None: out[~valid] = IGNORE
     return out
 
@@ -208,7 +216,7 @@ def orientation_vectors(
     if not (rdp_eps_px > 0 and band_px > 0): raise ValueError(f"lengths must be above 0, got {rdp_eps_px} and {band_px}")
     road, valid = _road(mask, valid)
     out = np.zeros((2, road.size), np.float32)
-    places, vectors = _directions(road, 3 * rdp_eps_px, band_px)
+    places, vectors = _directions(road, rdp_eps_px, band_px)
     vectors = vectors.T.astype(np.float64)
     out[:, places] = vectors / np.maximum(np.hypot(*vectors), 1)
     out = out.reshape(2, *road.shape)

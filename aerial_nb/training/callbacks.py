@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from .losses import IGNORE, road_logit
+from .losses import IGNORE, full_road, road_logit
 from .records import Folder
 
 from fastai.callback.core import Callback, CancelValidException
@@ -106,8 +106,8 @@ class History(Callback):
     def after_loss(self):
         self.losses.append(self.loss.detach()); self.weights.append(len(self.xb[0]))
         if self.training: return
-        out = self.pred[-1] if isinstance(self.pred, list) else self.pred
-        road, truth, judged = road_logit(out) > 0, self.yb[0] == 1, self.yb[0] != IGNORE
+        mask = self.yb[0] if isinstance(self.yb[0], torch.Tensor) else self.yb[0][0]   # the first of several targets
+        road, truth, judged = road_logit(full_road(self.pred)) > 0, mask == 1, mask != IGNORE
         self.counts = self.counts + torch.stack([(road & truth).sum(), ((road | truth) & judged).sum()])
 
     def after_batch(self):

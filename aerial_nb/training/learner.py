@@ -19,7 +19,7 @@ from ..data.loaders import EpochCrops
 from ..models.zoo import build
 from .callbacks import (Checkpoint, History, Precision, Progress, PRECISIONS, SeedEpochs,
                                           StopAtNaN)
-from .losses import LOSSES, DeepSupervision, build_loss
+from .losses import LOSSES, DeepSupervision, TwoTasks, build_loss
 from .records import Folder
 
 from fastai.callback.channelslast import ChannelsLast
@@ -45,6 +45,7 @@ class Recipe:
     weight_decay: float = 1e-4    # of AdamW
     loss: str = "ce_iou"          # soft_iou, bce, ce_dice or ce_iou, at every scale the model gives
     pos_weight: float = 3.        # cost of a missed road pixel in false alarms, where the loss has one
+    orientation_weight: float = 0. # of the angle loss; 0: roads alone. Its loaders: `training.directions`
     amp: str = ""                 # bf16, fp16, "" for float32, auto
     accum: int = 1                # batches per optimiser step
     valid_every: int = 1          # epochs from one validation to the next
@@ -56,7 +57,8 @@ class Recipe:
                 raise ValueError(f"{name} '{getattr(self, name)}' is unknown; known: {', '.join(k or '(empty)' for k in known)}")
         for name in ("epochs", "lr", "pos_weight", "accum", "valid_every"):
             if not getattr(self, name) > 0: raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.weight_decay < 0: raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        for name in ("weight_decay", "orientation_weight"):
+            if not getattr(self, name) >= 0: raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 # %% ../../nbs/training/learner.ipynb #6fd34d57
 def pick_precision(
@@ -91,6 +93,7 @@ def learner_for(
     if recipe.accum > 1: cbs.append(GradientAccumulation(recipe.accum * dls.train.bs))
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, fused=device.type != "mps")
     loss = DeepSupervision(build_loss(recipe.loss, recipe.pos_weight))
+    if recipe.orientation_weight: loss = TwoTasks(loss, recipe.orientation_weight)
     return Learner(dls, model.to(device), loss, opt_func=adamw, lr=recipe.lr, wd=recipe.weight_decay,
                    cbs=cbs, default_cbs=False)
 

@@ -6,7 +6,7 @@ Losses on logits `(b, classes, h, w)` and a class map `(b, h, w)` in which 255 i
 
 # %% auto #0
 __all__ = ['IGNORE', 'LOSSES', 'road_logit', 'soft_iou', 'bce', 'cross_entropy', 'soft_dice', 'ce_dice', 'ce_iou', 'pick_labels',
-           'DeepSupervision', 'build_loss']
+           'DeepSupervision', 'angle_loss', 'TwoTasks', 'full_road', 'build_loss']
 
 # %% ../../nbs/training/losses.ipynb #1a9607fd
 from collections.abc import Callable, Sequence
@@ -157,6 +157,37 @@ class DeepSupervision:
         if len(weights) != len(outputs):
             raise ValueError(f"{len(weights)} weights for {len(outputs)} outputs: give one per output, coarse to full")
         return sum(w * self.loss(y, pick_labels(target, y.shape[-2:])) for w, y in zip(weights, outputs))
+
+# %% ../../nbs/training/losses.ipynb #105ed7f9
+def angle_loss(
+    logits: Tensor, # (b, bins + 1, h, w); the last class is no direction
+    target: Tensor, # (b, h, w) uint8 or long, 255 ignored
+) -> Tensor: # scalar, mean over counted pixels, 0 when there are none
+    "Cross entropy of direction classes; raises ValueError for a map of another size."
+    logits, target = _checked(logits, target)
+    total = F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="sum")
+    return total / (target != IGNORE).sum().clamp(min=1)
+
+class TwoTasks:
+    "Loss of a road mask and of directions. Targets are (class map, directions), or further maps of directions by size."
+    def __init__(self,
+        road: Callable,        # loss of the road outputs, as `DeepSupervision`
+        weight: float = 1.,    # of the angle loss; published 1
+    ): self.road, self.weight = road, weight
+
+    def __call__(self, outputs: dict, target: Sequence[Tensor]) -> Tensor:
+        "Sum over both tasks and all outputs; a direction output takes the map of its size, or picks from the first."
+        mask, *maps = target
+        sizes = {tuple(m.shape[-2:]): m for m in reversed(maps)}
+        drawn = outputs["orientation"]
+        drawn = [drawn] if isinstance(drawn, Tensor) else drawn
+        angles = [angle_loss(y, sizes[size] if (size := tuple(y.shape[-2:])) in sizes else pick_labels(maps[0], size)) for y in drawn]
+        return self.road(outputs["road"], mask) + self.weight * sum(angles)
+
+def full_road(outputs) -> Tensor: # (b, 1 or 2, h, w)
+    "The road logits at full size, of whatever a network returns: a tensor, a list from coarse to full, a dict by task."
+    if isinstance(outputs, dict): outputs = outputs["road"]
+    return outputs if isinstance(outputs, Tensor) else outputs[-1]
 
 # %% ../../nbs/training/losses.ipynb #fb27f26e
 LOSSES = dict(soft_iou=soft_iou, bce=bce, ce_dice=ce_dice, ce_iou=ce_iou)
