@@ -140,6 +140,7 @@ def cut_tiles(
     _report(made, jobs, home, cutting)
     return made
 
+# %% ../../nbs/data/cut.ipynb #8031f2ec
 def _work(jobs, home: Home, cutting: Cutting, compress, workers: int, progress: bool) -> None:
     "Share the windows that are left among threads. A failure of one image is noted; a full disk or an interrupt ends all."
     left = [(job, [w for w in job.windows if (int(w["row"]), int(w["col"])) not in job.done]) for job in jobs if not job.failure]
