@@ -154,26 +154,25 @@ def _place_starts(at, path, begin, spacing, degrees, every):
     room = 2 * int(size / spacing + len(begin)) + 2 if size < np.inf else 0
     places, nodes, away, n = np.empty((room, 2)), np.empty((room, 2), np.int64), np.empty((room, 2)), 0
     for c in range(len(begin) - 1):
-        chain = path[begin[c]:begin[c + 1]]
+        chain, j = path[begin[c]:begin[c + 1]], 0
         ends = np.zeros(len(chain))
         for i in range(1, len(chain)):
-            p, q = at[chain[i - 1]], at[chain[i]]
-            shrink = math.cos(math.radians(p[0])) if degrees else 1.
-            ends[i] = ends[i - 1] + math.sqrt((p[0] - q[0])**2 + ((p[1] - q[1]) * shrink)**2)
+            u, v = chain[i - 1], chain[i]
+            y, x = at[u, 0] - at[v, 0], (at[u, 1] - at[v, 1]) * (math.cos(math.radians(at[u, 0])) if degrees else 1.)
+            ends[i] = ends[i - 1] + math.sqrt(y * y + x * x)
         if ends[-1] < spacing / 2: continue
         count = max(int(ends[-1] / spacing), 1)
         for k in range(1, count + 1):
             goal = k / (count + 1) * ends[-1]
-            for j in range(np.searchsorted(ends, goal) - 1 if goal > 0 else 0, len(chain) - 1):
-                if goal < ends[j]: break
-                if goal > ends[j + 1]: continue
-                a = (goal - ends[j]) / (ends[j + 1] - ends[j])
-                places[n] = (1 - a) * at[chain[j]] + a * at[chain[j + 1]]
-                nodes[n, 0], nodes[n, 1] = chain[j], chain[j + 1]
-                away[n, 0], away[n, 1] = goal - ends[j], ends[j + 1] - goal
+            while goal > ends[j + 1]: j += 1
+            for i in range(j, len(chain) - 1):          # a goal on a node lies on two edges
+                if goal < ends[i]: break
+                a, u, v = (goal - ends[i]) / (ends[i + 1] - ends[i]), chain[i], chain[i + 1]
+                places[n, 0], places[n, 1] = (1 - a) * at[u, 0] + a * at[v, 0], (1 - a) * at[u, 1] + a * at[v, 1]
+                nodes[n, 0], nodes[n, 1], away[n, 0], away[n, 1] = u, v, goal - ends[i], ends[i + 1] - goal
                 n += 1
                 if not every: break
-    return places[:n].copy(), nodes[:n].copy(), away[:n].copy()
+    return places[:n], nodes[:n], away[:n]
 
 # %% ../../nbs/roads/marbles.ipynb #f4020a83
 @dataclass(frozen=True, eq=False)
@@ -300,7 +299,9 @@ def _allowed(marbles, marble_ways, marble_begin, holes, hole_ways, hole_begin, l
                         if math.sqrt(y * y + x * x) >= limit: continue
                         if abs(marble_ways[m, 0] * hole_ways[k, 0] + marble_ways[m, 1] * hole_ways[k, 1]) <= cosine: continue
                         if n == len(found):
-                            more = np.empty(2 * n, np.int32); more[:n] = found; found = more
+                            more = np.empty(2 * n, np.int32)
+                            for at in range(n): more[at] = found[at]
+                            found = more
                         at, n = n, n + 1
                         while at > row[m] and found[at - 1] > k: found[at] = found[at - 1]; at -= 1
                         found[at] = k

@@ -63,7 +63,7 @@ def _follow(net, first, slot, path, n):
 def _chains(net, both_ways, rings):
     n_nodes = len(net.start) - 1
     path, ends = np.empty(2 * len(net.node) + 1, np.int64), np.empty(len(net.node) + 1, np.int64)
-    inside, n, count = np.zeros(n_nodes, np.bool_), 0, 0
+    inside, n, count = np.zeros(n_nodes, np.bool_), np.int64(0), 0
     for ring in range(2 if rings else 1):
         for first in range(n_nodes):
             if inside[first] or (net.start[first + 1] - net.start[first] == 2) != (ring == 1): continue
@@ -138,7 +138,7 @@ def _put(points, slots, n, p, q, slot):
     "Append a point; returns the arrays, grown where they were full."
     if n == len(slots):
         more, longer = np.empty((2 * n, 2)), np.empty(2 * n, np.int64)
-        more[:n], longer[:n] = points, slots
+        for i in range(n): more[i, 0], more[i, 1], longer[i] = points[i, 0], points[i, 1], slots[i]
         points, slots = more, longer
     points[n, 0], points[n, 1], slots[n] = p, q, slot
     return points, slots, n + 1
@@ -235,7 +235,7 @@ def _walk_slot(net, work, slot, u, dist, interval, reach, points, slots, n, firs
 @njit(cache=True)
 def _longer(queue, dists):
     more, further = np.empty((2 * len(queue), 2), np.int64), np.empty(2 * len(queue))
-    more[:len(queue)], further[:len(queue)] = queue, dists
+    for i in range(len(queue)): more[i, 0], more[i, 1], further[i] = queue[i, 0], queue[i, 1], dists[i]
     return more, further
 
 @njit(cache=True)
@@ -269,7 +269,7 @@ def walk_published(net, work, place, interval, reach, degrees, points, slots, n)
 def walk_many(net, work, nodes, away, interval, reach, published, degrees):
     "Points of all walks: positions, slots, and where each walk's points begin."
     points, slots = np.empty((4096, 2)), np.empty(4096, np.int64)
-    begin, n = np.zeros(len(nodes) + 1, np.int64), 0
+    begin, n = np.zeros(len(nodes) + 1, np.int64), np.int64(0)     # a plain 0 would be compiled as a type of its own
     for i in range(len(nodes)):
         place = (nodes[i, 0], nodes[i, 1], away[i, 0], away[i, 1])
         if published: points, slots, n = walk_published(net, work, place, interval, reach, degrees, points, slots, n)
