@@ -27,6 +27,7 @@ import rasterio
 from fastcore.script import call_parse, store_true
 from rasterio.errors import NotGeoreferencedWarning
 from tqdm.auto import tqdm
+from ..commands import command
 from . import raster
 from .catalog import samples_from
 from .checks import given
@@ -243,7 +244,7 @@ def _found(path, folder: Path) -> str:
     if not given(path) or Path(path).exists() or not (folder / str(path)).exists(): return str(path) if given(path) else ""
     return str(folder / str(path))
 
-@call_parse
+@command
 def aerial_tiles(
     images: str,            # folder, quoted pattern, or samples table (.csv, .parquet)
     out: str,               # folder for tiles; the same command goes on where it stopped

@@ -25,11 +25,11 @@ from uuid import uuid4
 import numpy as np
 import pandas as pd
 import rasterio
-from fastcore.script import call_parse
 from rasterio.enums import Interleaving
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 from tqdm.auto import tqdm
+from ..commands import command
 from . import burn, ground, masks, vectors
 from .burn import IGNORE, Rules, Shapes, as_ids, feature_classes, place_shapes
 from .catalog import list_rasters, sample_key
@@ -367,7 +367,7 @@ def _say(table: pd.DataFrame, out: Path) -> int: # exit code
     return 1 if len(failed) else 0
 
 # %% ../../nbs/data/maskfiles.ipynb #7820b897
-@call_parse
+@command
 def aerial_masks(
     images: str,  # folder, pattern in quotes, or .txt with a path on every line
     labels: str,  # one layer for all images; or a folder or pattern of one layer per image

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
-from fastcore.script import call_parse
 from numba import njit
 
+from ..commands import command
 from .graph import RoadGraph
 from .travel import Places, Ways, on_one_plane
 from .walks import network
@@ -410,7 +410,7 @@ def _lines_of(roads, crs):
     return lines if lines.crs is not None else lines.set_crs(crs)
 
 # %% ../../nbs/roads/apls.ipynb #8d031d97
-@call_parse
+@command
 def aerial_apls(
     truth: str,     # file of the true roads: GeoJSON, GeoPackage, CSV of WKT, Sat2Graph pickle, ...
     proposal: str,  # file of the proposed roads
