@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import rasterio
-from fastcore.script import call_parse, store_true
+from fastcore.script import store_true
 from rasterio.errors import NotGeoreferencedWarning
 from tqdm.auto import tqdm
 from ..commands import command
