@@ -11,14 +11,18 @@ from aerial_nb.training.losses import (
     LOSSES,
     DeepSupervision,
     bce,
+    bce_dice,
     build_loss,
     ce_dice,
     ce_iou,
     cross_entropy,
+    focal,
+    lovasz,
     pick_labels,
     road_logit,
     soft_dice,
     soft_iou,
+    weighted_ce,
 )
 
 
@@ -45,6 +49,16 @@ def test_every_loss_agrees_with_its_definition(seed, classes, ignored):
     assert ce_iou(logits, target, weights).item() == pytest.approx(both)
     if classes < 3:
         assert bce(logits, target, 10).item() == pytest.approx(plain.bce(logits, target, 10))
+    both = 0.3 * plain.cross_entropy(logits, target, (1.0,) * 3) + 0.7 * plain.soft_dice(logits, target)
+    assert bce_dice(logits, target, 0.3).item() == pytest.approx(both)
+    assert weighted_ce(logits, target, weights).item() == pytest.approx(plain.cross_entropy(logits, target, weights))
+    for gamma in (0, 0.5, 2):
+        assert focal(logits, target, gamma, None).item() == pytest.approx(plain.focal(logits, target, gamma, (1,) * 3))
+    assert focal(logits, target).item() == pytest.approx(plain.focal(logits, target, 2, (0.75, 0.25, 0.25)))
+    assert focal(logits, target, 2, weights).item() == pytest.approx(plain.focal(logits, target, 2, weights))
+    for per_image in (True, False):
+        assert lovasz(logits, target, per_image).item() == pytest.approx(plain.lovasz(logits, target, per_image), abs=1e-9)
+    assert lovasz(logits, target).item() == pytest.approx(lovasz(logits, target, classes < 3).item())
 
 
 def test_plain_cases_equal_torch():
@@ -186,8 +200,8 @@ def test_bad_arguments_say_what_to_do():
         DeepSupervision(bce, (1, 1, 1))([logits, logits], target)
     with pytest.raises(ValueError, match="empty list"):
         DeepSupervision(bce)([], target)
-    with pytest.raises(ValueError, match="unknown loss 'focal'; known: soft_iou, bce, ce_dice, ce_iou"):
-        build_loss("focal")
+    with pytest.raises(ValueError, match="unknown loss 'tversky'; known: soft_iou, bce, ce_dice, ce_iou"):
+        build_loss("tversky")
     with pytest.raises(ValueError, match="pos_weight must be positive"):
         build_loss("bce", pos_weight=0)
     with pytest.raises(TypeError, match="gamma"):
@@ -201,3 +215,86 @@ def test_losses_by_name_carry_their_weight_and_can_be_pickled():
     assert torch.equal(build_loss("ce_dice", weights=(1, 2))(logits, target), ce_dice(logits, target, (1, 2)))
     deep = pickle.loads(pickle.dumps(DeepSupervision(build_loss("bce"), (1, 2))))
     assert torch.equal(deep([logits, logits], target), 3 * bce(logits, target))
+
+
+@pytest.mark.parametrize("name", ["bce_dice", "focal", "weighted_ce", "lovasz"])
+def test_one_logit_is_the_difference_of_two(name):
+    logits, target = draw(13)
+    assert torch.allclose(build_loss(name)(logits, target), build_loss(name)(road_logit(logits)[:, None], target))
+
+
+def hard_iou_loss(right, truth):
+    "1 - IoU of a decision."
+    return 1 - (right & truth).sum() / (right | truth).sum()
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 30))
+@settings(max_examples=30, deadline=None)
+def test_lovasz_is_the_loss_of_iou_where_every_pixel_is_decided(seed, n):
+    g = torch.Generator().manual_seed(seed)
+    truth, pred = (torch.rand(n, generator=g) < 0.5 for _ in range(2))
+    truth[0] = True
+    margins = (pred.double() * 2 - 1).view(1, 1, 1, n)   # hinge errors of 0 and 2
+    assert lovasz(margins, truth.view(1, 1, n).long()).item() == pytest.approx(2 * hard_iou_loss(pred, truth).item())
+    sure = torch.stack([~pred, pred, torch.zeros(n, dtype=torch.bool)]).double().view(1, 3, 1, n) * 800
+    present = [k for k in (False, True) if (truth == k).any()]
+    expected = sum(hard_iou_loss(pred == k, truth == k).item() for k in present) / len(present)
+    assert lovasz(sure, truth.view(1, 1, n).long()).item() == pytest.approx(expected)
+
+
+def test_lovasz_is_convex_in_the_logits_of_two_classes():
+    (a, target), (b, _) = draw(20, h=6, w=6), draw(21, h=6, w=6)
+    for t in (0.2, 0.5, 0.9):
+        between = lovasz(t * a + (1 - t) * b, target)
+        assert between <= t * lovasz(a, target) + (1 - t) * lovasz(b, target) + 1e-12
+
+
+def test_lovasz_in_float32_is_exact_enough_on_a_whole_tile():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 1, 700, 700, generator=g)
+    target = (torch.rand(1, 700, 700, generator=g) < 0.05).to(torch.uint8)
+    leaf, fine = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    lovasz(leaf, target).backward(); lovasz(fine, target).backward()
+    assert torch.allclose(leaf.grad.double(), fine.grad, rtol=1e-4, atol=1e-9)
+
+
+def test_lovasz_on_a_crop_without_roads_sees_the_worst_pixel_alone():
+    logits = torch.tensor([-3.0, 0.5, 2.0, -1.0]).view(1, 1, 2, 2).requires_grad_()
+    loss = lovasz(logits, torch.zeros(1, 2, 2, dtype=torch.uint8))
+    loss.backward()
+    assert loss.item() == pytest.approx(3.0) and logits.grad.flatten().tolist() == [0, 0, 1, 0]
+
+
+def test_blank_images_do_not_dilute_lovasz():
+    for classes in (1, 3):
+        logits, target = draw(22, b=1, classes=classes, ignored=0)
+        pair = torch.cat([logits, logits]), torch.cat([target, torch.full_like(target, 255)])
+        for per_image in (True, False):
+            assert torch.allclose(lovasz(logits, target, per_image), lovasz(*pair, per_image))
+
+
+def test_focal_leaves_easy_pixels_alone():
+    logits = torch.tensor([0.9, 0.4]).logit().view(1, 1, 1, 2).double().requires_grad_()
+    target = torch.ones(1, 1, 2, dtype=torch.uint8)
+    focal(logits, target, 2, None).backward()
+    easy, hard = logits.grad.abs().flatten().tolist()
+    plain_ratio = 0.1 / 0.6   # of the gradients of cross entropy, 1 - p
+    assert easy / hard < 0.1 * plain_ratio
+
+
+def test_weights_that_make_no_sense_are_refused():
+    logits, target = draw(14)
+    for call, says in (
+        (lambda: bce_dice(logits, target, 1.5), r"\[0, 1\], got 1.5"),
+        (lambda: focal(logits, target, -1), "gamma must not be negative"),
+        (lambda: focal(logits, target, alpha=2), "alpha must lie"),
+        (lambda: focal(logits, target, alpha=(1, 2, 3)), "3 weights alpha for 2 classes"),
+        (lambda: weighted_ce(*draw(15, classes=3)), "2 class weights for 3 classes"),
+    ):
+        with pytest.raises(ValueError, match=says): call()
+    with pytest.raises(TypeError, match="gamma"): build_loss("lovasz", gamma=2)
+
+
+def test_a_recipe_takes_every_loss():
+    from aerial_nb.training.learner import Recipe
+    for name in LOSSES: assert Recipe(loss=name).loss == name
