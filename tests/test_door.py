@@ -98,7 +98,7 @@ def test_another_split_in_the_same_run_is_refused_for_every_reader(tmp_path):
     assert [r["reader"] for r in record(tmp_path)] == ["one", "two"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["", "m1", "m2"]), st.integers(0, 1)), max_size=8))
 def test_however_it_is_asked_no_reader_sees_it_with_two_models(tmp_path_factory, calls):
     folder = tmp_path_factory.mktemp("run")

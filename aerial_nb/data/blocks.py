@@ -35,13 +35,13 @@ def _buffer(buffer_m, receptive_px, ground: Ground) -> float:
     "The buffer asked for, refused where it is narrower than the receptive field."
     if buffer_m is None and receptive_px is None:
         raise DataError("give buffer_m, or receptive_px (the receptive field, or the side of a prediction's window)")
+    if buffer_m is not None and not buffer_m >= 0: raise DataError(f"buffer_m must be 0 or more metres, got {buffer_m:g}")
     least = 0.
     if receptive_px is not None:
         if not np.isfinite(ground.gsd_m).any(): raise DataError("receptive_px needs the metres per pixel: fill the column gsd_m")
         least = buffer_for(receptive_px, np.nanmax(ground.gsd_m))
     if buffer_m is not None and buffer_m < least:
         raise DataError(f"a buffer of {buffer_m:g} m is narrower than the receptive field of {receptive_px} px, {least:g} m: make it {least:g} m")
-    if buffer_m is not None and buffer_m < 0: raise DataError(f"buffer_m must be 0 or more metres, got {buffer_m:g}")
     return least if buffer_m is None else float(buffer_m)
 
 # %% ../../nbs/data/blocks.ipynb #a1be60e3

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
-from scipy.ndimage import binary_erosion, label as components
+from scipy.ndimage import binary_erosion, label as components, uniform_filter
 from tqdm.auto import tqdm
 from .checks import given, read_sample
 from .masks import IGNORE, read_class_map
@@ -50,15 +50,16 @@ def blank_part(
         parts, n = components(alike)
         size = np.bincount(parts.ravel(), minlength=n + 1)
         rim = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
-        keep = [k for k in rim if k and size[k] >= least * valid.size and _plain(parts == k) and _flat(data, parts == k)]
+        keep = [k for k in rim if k and size[k] >= least * valid.size and _plain(parts == k, lossy) and _flat(data, parts == k)]
         found = np.isin(parts, keep)
         if found.sum() > best.sum(): best, colour = found, tuple(fill.tolist())
     return best, colour
 
-def _plain(part: np.ndarray) -> bool:
+def _plain(part: np.ndarray, lossy: bool) -> bool:
     "Whether a part lies along the border and its outline inside the tile is short; measured on the tiles of seven data sets."
     side, area = np.sqrt(part.size), np.sqrt(part.sum())
     rim = sum(int(line.sum()) for line in (part[0], part[-1], part[1:-1, 0], part[1:-1, -1]))
+    if lossy: part = uniform_filter(part.astype(np.float32), 9) > .5     # JPEG frays an outline by its blocks of eight pixels
     outline = int((part & ~binary_erosion(part, border_value=1)).sum())
     return rim >= .7 * area and outline <= 2 * side
 
@@ -91,7 +92,7 @@ class Measures:
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, int))    # pixels of whole objects
     surface: np.ndarray | None = None # of the shift
     likeness: np.ndarray | None = None # (16, 16) grey means, for tiles that look alike
-    edges: np.ndarray | None = None  # (4, 128) steps along top, bottom, left, right, for tiles that continue others
+    edges: np.ndarray | None = None  # (4, 384) steps along top, bottom, left, right, for tiles that continue others
 
 def measure(
     row: dict,              # a row of the samples table
@@ -154,16 +155,17 @@ def _likeness(data: np.ndarray, image: np.ndarray) -> np.ndarray | None:
     cells = np.where(image, _grey(data), 0)[:16 * h, :16 * w].reshape(16, h, 16, w).mean((1, 3))
     return cells if cells.std() > 1e-6 else None
 
-def _edges(data: np.ndarray, image: np.ndarray) -> np.ndarray | None: # (4, 128), NaN rows where an edge is blank
-    "Steps from pixel to pixel along the four borders: what two tiles share that are cut from one picture."
+def _edges(data: np.ndarray, image: np.ndarray) -> np.ndarray | None: # (4, 384), zero where an edge is blank or plain
+    "Steps from pixel to pixel along top, bottom, left and right: what two tiles share that are cut from one picture."
     if min(image.shape) < 64: return None
-    out = []
-    for strip, there in zip((data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]), (image[0], image[-1], image[:, 0], image[:, -1])):
-        line = strip[:3].astype(np.float32).mean(0)
-        at = np.linspace(0, len(line) - 3, 128).astype(int)
-        step = line[at + 2] - line[at]
-        flat = there.mean() < .9 or np.count_nonzero(np.abs(step) > 2) < 20
-        out.append(np.full(128, np.nan) if flat else np.clip((step - step.mean()) / (step.std() + 1e-6), -3, 3))
+    out, bands = [], data[[0, 1, 2] if len(data) > 2 else [0, 0, 0]]
+    for strip, there in zip((bands[:, 0], bands[:, -1], bands[:, :, 0], bands[:, :, -1]), (image[0], image[-1], image[:, 0], image[:, -1])):
+        at = np.linspace(0, len(there) - 3, 128).astype(int)
+        step = (strip[:, at + 2].astype(np.float32) - strip[:, at]).ravel()
+        step = np.sign(step) * np.sqrt(np.abs(step))         # a few strong steps must not decide alone
+        step -= step.mean()
+        plain = there.mean() < .9 or np.count_nonzero(np.abs(step) > 1) < 60
+        out.append(np.zeros_like(step) if plain else step / np.linalg.norm(step))
     return np.array(out, np.float32)
 
 # %% ../../nbs/data/measure.ipynb #188853a3
@@ -189,15 +191,16 @@ def continued(
     "Tiles that continue one another: the best of all, and better than chance allows among so many."
     rows = [i for i, e in enumerate(edges) if e is not None]
     if len(rows) < 2: return []
-    steps = np.nan_to_num(np.array([edges[i] for i in rows], np.float32))
+    steps = np.array([edges[i] for i in rows], np.float32)
     top, bottom, left, right = steps.transpose(1, 0, 2)
-    chance = steps[:, 0][:200] @ np.roll(steps, 7, axis=0)[:200, 3].T / steps.shape[2]
-    spread = max(1.4826 * float(np.median(np.abs(chance[chance != 0]))) if (chance != 0).any() else 0, .07)
-    least = max(.3, spread * (np.sqrt(2 * np.log(2 * len(rows) ** 2)) + .7))
+    chance = bottom[:300] @ right[:300].T                    # the lower border of one against the right one of another
+    chance = chance[(chance != 0) & ~np.eye(len(chance), dtype=bool)]
+    spread = max(1.4826 * float(np.median(np.abs(chance))) if len(chance) else 0, .07)
+    least = max(.35, spread * (np.sqrt(2 * np.log(2 * len(rows) ** 2)) + .3))   # the highest of so many, by chance, and a little
     found = []
     for first, second, side in ((bottom, top, "below"), (right, left, "right")):
         for start in range(0, len(rows), 1024):
-            alike = first[start:start + 1024] @ second.T / first.shape[1]
+            alike = first[start:start + 1024] @ second.T
             alike[np.arange(len(alike)), start + np.arange(len(alike))] = 0
             best = alike == alike.max(1, keepdims=True)
             found += [(rows[a + start], rows[b], side) for a, b in np.argwhere(best & (alike > least))]

@@ -192,7 +192,7 @@ def _name_keys(path: str, key) -> set:
     "The names by which a list may call an image."
     pure = PurePosixPath(str(path).replace("\\", "/"))
     parts = pure.parts
-    tails = {"/".join(parts[-k:]) for k in range(1, len(parts) + 1)}
+    tails = {"/".join(parts[-k:]) for k in range(1, len(parts) + 1)} | {pure.as_posix()}
     keys = tails | {PurePosixPath(t).with_suffix("").as_posix() for t in tails if PurePosixPath(t).name}
     return keys | ({str(key(path))} if key else set())
 
@@ -205,7 +205,7 @@ def split_by_list(
     as_published: bool = False, # keep a list although images cross it, with a warning
 ) -> pd.DataFrame: # a copy; raises one DataError that lists unknown, missing and ambiguous names, and what crosses
     "Divide as a published list says."
-    wanted = {name: split for split, names in read_lists(lists).items() for name in names}
+    wanted = {name.replace("\\", "/").removeprefix("./"): split for split, names in read_lists(lists).items() for name in names}
     called = [[n for n in _name_keys(path, key) if n in wanted] for path in samples["image"]]
     owners = pd.Series([n for names in called for n in names], dtype=object).value_counts()
     faults = {"for several images each (give more of their path)": sorted(owners[owners > 1].index),
@@ -269,7 +269,7 @@ def k_folds(
     kept = (samples["split"] == "test").to_numpy() & keep_test
     units = pd.Series(_units(samples))[~kept]
     sizes = units.value_counts().to_dict()
-    if len(sizes) < k: raise DataError(f"{len(sizes)} scenes cannot be divided into {k} folds: ask for fewer, or add places")
+    if len(sizes) < k: raise DataError(f"{len(sizes)} scene{'s' * (len(sizes) != 1)} cannot be divided into {k} folds: ask for fewer, or add places")
     order = sorted(sizes, key=lambda scene: (-sizes[scene], _lot(seed, 0, scene)))   # the large ones first
     load, fold = [0] * k, {}
     for scene in order:

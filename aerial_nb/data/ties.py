@@ -81,6 +81,7 @@ def same_pixels(
 ) -> np.ndarray: # (n,) int, the number of the first image with these very pixels; an image's own when there is none
     "Images that hold the same pixels, whatever their names and formats. Lossy copies are not the same."
     seen, first = glances(images, threads), np.arange(len(images))
+    if not any(g.strip for g in seen): return first
     strips = pd.Series([g.strip for g in seen])
     alike = strips[(strips != "") & strips.duplicated(keep=False)]
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
@@ -187,6 +188,7 @@ def overlapping(
 ) -> np.ndarray: # (k, 2) rows, the smaller first
     "Pairs of images that show the same ground."
     rows = np.flatnonzero(ground.place >= 0)
+    if not len(rows): return np.empty((0, 2), int)
     shapes = ground.shapes.copy()
     margin = np.nan_to_num(ground.gsd_m[rows]) * pixels / 2
     margin = np.minimum(margin, np.sqrt(shapely.area(shapes[rows])) / 5)   # never the whole of a tiny image
@@ -204,15 +206,15 @@ class Ties:
 
     def named(self, scenes) -> np.ndarray: # (n,) text
         "A name for each group: the first of its scenes in the alphabet."
-        names = pd.Series(np.asarray(scenes, str))
-        return names.groupby(self.group).transform("min").to_numpy()
+        names, first = [str(s) for s in scenes], {}
+        for group, name in zip(self.group.tolist(), names): first[group] = min(name, first.get(group, name))
+        return np.array([first[g] for g in self.group.tolist()], object)
 
 def _chained(labels) -> np.ndarray: # (k, 2)
     "Rows of one label as pairs with the first of them."
-    labels = pd.Series(labels)
-    first = pd.Series(np.arange(len(labels))).groupby(labels.to_numpy()).transform("first").to_numpy()
-    rows = np.flatnonzero(first != np.arange(len(labels)))
-    return np.stack([first[rows], rows], 1)
+    first = {}
+    pairs = [(first.setdefault(label, i), i) for i, label in enumerate(labels)]
+    return np.array([p for p in pairs if p[0] != p[1]], int).reshape(-1, 2)
 
 def ties(
     samples: pd.DataFrame,      # samples table; files that are not there tie nothing but their scene
