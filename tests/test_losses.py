@@ -293,8 +293,3 @@ def test_weights_that_make_no_sense_are_refused():
     ):
         with pytest.raises(ValueError, match=says): call()
     with pytest.raises(TypeError, match="gamma"): build_loss("lovasz", gamma=2)
-
-
-def test_a_recipe_takes_every_loss():
-    from aerial_nb.training.learner import Recipe
-    for name in LOSSES: assert Recipe(loss=name).loss == name

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .counts import IGNORE, Counts, as_array, count_pixels, ratio
+from .counts import IGNORE, Counts, as_array, boundary_counts, count_pixels, ratio
 
 # %% ../../nbs/training/boundary.ipynb #d0ac1af3
 SHARE = 0.02   # of the image diagonal, the default of the paper
@@ -59,9 +59,10 @@ def boundary_score(
 ) -> Counts: # of band pixels; add them over images, .iou is the boundary IoU
     "Count the pixels of both bands; raises TypeError and ValueError as `count_pixels` does."
     pred, target = as_array(pred), as_array(target)
-    count_pixels(pred[:1], target[:1], positive)   # refuses logits, floats and sizes that differ
     if pred.shape != target.shape: raise ValueError(f"pred {pred.shape} and target {target.shape} must have one size")
+    count_pixels(pred[:1], target[:1], positive)   # refuses logits and floats
     width_px, valid = boundary_width(target.shape, share) if width_px is None else width_px, target != IGNORE
+    if width_px == int(width_px) <= 32: return boundary_counts(pred, target, width_px, positive)   # faster where narrow
     bands = [boundary_pixels(x, width_px, valid) & x for x in (pred & valid, target == positive)]
     return count_pixels(bands[0], np.where(valid, bands[1], IGNORE).astype(np.uint8))
 
