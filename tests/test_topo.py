@@ -86,7 +86,7 @@ def agree(truth, proposal, gsd_m, **changes):
     assert counts == {k: slow[k] for k in counts}
     rows = fast.starts[fast.starts.paired]
     assert np.allclose(rows[["precision", "recall"]], [r[3:] for r in slow["rows"]] or np.zeros((0, 2)), atol=1e-12)
-    assume(slow["starts"])      # what has no start is told of below
+    if not slow["starts"]: return   # what has no start is told of below
     for name in ("precision", "mean_recall", "coverage", "overall_recall"):
         assert getattr(fast, name) == pytest.approx(slow[name], abs=1e-12)
 
@@ -105,6 +105,15 @@ def test_published_rules_are_the_plain_walk_on_a_map(pair):
 @calm
 @given(pairs(), st.sampled_from([.5, 1.]))
 def test_corrected_rules_are_the_plain_definition(pair, gsd_m): agree(*pair, gsd_m, rules="corrected")
+
+
+@pytest.mark.parametrize("rules", ["published", "corrected"])
+def test_a_shorter_way_that_is_found_late(rules):
+    "The way with few vertices is searched first and is the longer one: all beyond its end is walked again."
+    nodes = [(20, 100), (90, 103), (126, 174), (102, 104), (114, 99), (126, 103), (138, 101), (150, 103), (165, 104), (210, 99), (212, 180)]
+    edges = [(0, 1), (1, 2), (2, 7), (1, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9), (8, 10)]
+    g = RoadGraph(nodes, edges)
+    for moved_by in (0., 2.): agree(g, RoadGraph(jitter(nodes, 1, moved_by), edges), 1., reach_m=170., rules=rules)
 
 
 @settings(deadline=None, max_examples=12)
