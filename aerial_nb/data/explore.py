@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from fastcore.script import call_parse
 from pyproj import Transformer
+from ..commands import command
 from .blocks import COLOURS, map_split
 from .catalog import massachusetts_position, open_samples
 from .checks import given, inspect_samples, read_sample
@@ -34,12 +34,16 @@ from .worries import Evidence, Worry, number, worries_html, worry
 # %% ../../nbs/data/explore.ipynb #8614983d
 logger = logging.getLogger(__name__)
 
-def _table(samples: pd.DataFrame, measures: list, factor: int) -> pd.DataFrame:
+def _splits(samples: pd.DataFrame) -> list[str]:
+    "The split of every row, empty where there is none."
+    return [s if isinstance(s, str) else "" for s in samples["split"]]
+
+def _table(samples: pd.DataFrame, measures: list, names: list, factor: int) -> pd.DataFrame:
     "A line for each tile that could be read."
     rows = []
-    for name, (_, row), m in zip(_unique([Path(str(p)).stem for p in samples["image"]]), samples.iterrows(), measures):
+    for name, split, place, m in zip(names, _splits(samples), samples["scene"], measures):
         if m is None: continue
-        found = dict(name=name, split=row["split"] if isinstance(row["split"], str) else "", scene=str(row["scene"])) | m.row
+        found = dict(name=name, split=split, scene=str(place)) | m.row
         if m.surface is not None:
             east, south, margin = summit(m.surface)
             found |= dict(shift_east_px=east * factor, shift_south_px=south * factor, shift_margin=margin)
@@ -48,12 +52,15 @@ def _table(samples: pd.DataFrame, measures: list, factor: int) -> pd.DataFrame:
 
 def _unique(names: list) -> list:
     "Names made different where two files of different folders share one."
-    seen = {}
-    return [n if (k := seen.setdefault(n, []).append(1) or len(seen[n])) == 1 else f"{n} ({k})" for n in names]
+    seen, out = {}, []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        out.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return out
 
 def _pairs(samples: pd.DataFrame, measures: list, names: list, findings: pd.DataFrame) -> dict:
     "Tiles that show one picture, continue each other, or touch across the split."
-    ground, split = ground_of(samples), samples["split"].astype(str).to_numpy()
+    ground, split = ground_of(samples), _splits(samples)
     copies = set(findings.loc[findings["kind"] == "duplicate", "sample"])
     alike = [(names[a], names[b], c) for a, b, c in look_alikes([m and m.likeness for m in measures])
              if names[b] not in copies and names[a] not in copies]
@@ -82,7 +89,8 @@ class Exploration:
         return "\n".join(lines + [f"{i}. {w}" for i, w in enumerate(self.worries, 1)])
 
     def _repr_html_(self) -> str:
-        return f"{self.summary().to_html(header=False, border=0)}<p><b>What to worry about</b></p>{worries_html(self.worries)}"
+        facts = self.summary().to_html(header=False, border=0)
+        return f"{facts}<p><b>What to worry about</b></p>{worries_html(self.worries)}"
 
 def explore(
     samples: pd.DataFrame,      # samples table
@@ -98,11 +106,12 @@ def explore(
     factor = working_factor(known)
     measures = measure_all(samples, fill, labels, factor, threads, progress)
     names = _unique([Path(str(p)).stem for p in samples["image"]])
-    table = _table(samples, measures, factor)
     there = [m for m in measures if m is not None]
-    areas = [m.sizes * (m.row["gsd_m"] or np.nan) ** 2 for m in there if given(m.row["gsd_m"])]
-    evidence = Evidence(samples, findings, table, *[np.concatenate([np.zeros(0), *s]) for s in ([m.sizes for m in there], areas)],
-                        shift=mean_shift([m.surface for m in there], factor), **_pairs(samples, measures, names, findings))
+    areas = [m.sizes * m.row["gsd_m"] ** 2 for m in there if given(m.row["gsd_m"])]
+    sizes, areas = (np.concatenate([np.zeros(0), *values]) for values in ([m.sizes for m in there], areas))
+    shift = mean_shift([m.surface for m in there], factor)
+    evidence = Evidence(samples, findings, _table(samples, measures, names, factor), sizes, areas, shift,
+                        **_pairs(samples, measures, names, findings))
     bands = max((len(m.colours) for m in there), default=0)
     colours = [np.concatenate([m.colours[b] for m in there if len(m.colours) > b]) for b in range(bands)]
     return Exploration(evidence, worry(evidence), colours, dict(fill=fill, labels=labels))
@@ -111,13 +120,15 @@ def explore(
 def _spread(values, text="{:.3g}") -> str:
     "One value, or the range of several."
     low, high = values.min(), values.max()
-    return "unknown" if pd.isna(low) else text.format(low) if low == high else f"{text.format(low)} to {text.format(high)}"
+    if pd.isna(low): return "unknown"
+    return text.format(low) if low == high else f"{text.format(low)} to {text.format(high)}"
 
 @patch
 def summary(self: Exploration) -> pd.DataFrame: # one column, a row for each fact
     "Counts, sizes, places, blank pixels, classes and objects."
     e, t = self.evidence, self.table
-    splits = ", ".join(f"{n} {s or 'without a split'}" for s, n in e.samples["split"].map(lambda s: s if isinstance(s, str) else "").value_counts().items())
+    counts = pd.Series(_splits(e.samples), dtype=object).value_counts()
+    splits = ", ".join(f"{n} {s or 'without a split'}" for s, n in counts.items())
     facts = {"tiles": f"{len(e.samples)} in {e.samples['scene'].nunique()} scenes ({splits})", "readable": len(t)}
     if len(t):
         pixels = t["rows"] * t["cols"]
@@ -142,7 +153,8 @@ def _labels(self: Exploration) -> dict:
            "empty tiles": f"{int((share == 0).sum())} of {len(share)}"}
     if len(e.sizes):
         metres = f" ({number(np.median(e.sizes_m2))} m²)" if len(e.sizes_m2) else ""
-        out["objects"] = f"{len(e.sizes):,} whole, {int(t['cut_objects'].sum()):,} cut by borders; median {number(np.median(e.sizes))} px{metres}"
+        out["objects"] = (f"{len(e.sizes):,} whole, {int(t['cut_objects'].sum()):,} cut by borders; median "
+                          f"{number(np.median(e.sizes))} px{metres}")
     if e.shift: out["shift"] = e.shift.words(t["gsd_m"].astype(float).median()) + ("" if e.shift.sure else " (a guess)")
     return out
 
@@ -153,9 +165,12 @@ def plot(self: Exploration, width: float = 9.): # -> matplotlib Figure
     from matplotlib import pyplot as plt
     if not len(self.table): raise DataError("no tile could be read: there is nothing to draw; see `findings`")
     figure, axes = plt.subplots(2, 3, figsize=(width, .58 * width), dpi=72, layout="constrained")
-    panels = (self._plot_bands, self._plot_shares, self._plot_blank, self._plot_objects, self._plot_shift, self._plot_splits)
+    panels = (self._plot_bands, self._plot_shares, self._plot_blank,
+              self._plot_objects, self._plot_shift, self._plot_light)
     for ax, draw in zip(axes.ravel(), panels):
-        if why := draw(ax): ax.text(.5, .5, why, ha="center", va="center", color="0.4", fontsize=9, transform=ax.transAxes); ax.set(xticks=[], yticks=[])
+        if why := draw(ax):
+            ax.text(.5, .5, why, ha="center", va="center", color="0.4", fontsize=9, transform=ax.transAxes)
+            ax.set(xticks=[], yticks=[])
         ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=7); ax.title.set_fontsize(9)
         ax.xaxis.label.set_fontsize(8); ax.yaxis.label.set_fontsize(8)
     return figure
@@ -168,8 +183,10 @@ def _plot_bands(self: Exploration, ax) -> str:
     every = np.concatenate(self.colours).astype(float)
     low, high = np.nanpercentile(every, [.1, 99.9]) if every.max() > 255 else (0, 255)
     for i, values in enumerate(self.colours[:6]):
-        ax.hist(values, bins=np.linspace(low, high + 1e-9, 65), histtype="step", color=_BAND_COLOURS[i], lw=1.2, density=True, label=f"band {i + 1}")
-    ax.set(title="band values of valid pixels", yticks=[], xlabel="value"); ax.legend(fontsize=7, frameon=False)
+        ax.hist(values, bins=np.linspace(low, high + 1e-9, 65), histtype="step", color=_BAND_COLOURS[i], lw=1.2,
+                density=True, label=f"band {i + 1}")
+    ax.set(title="band values of valid pixels", yticks=[], xlabel="value")
+    ax.legend(fontsize=7, frameon=False)
     return ""
 
 @patch
@@ -180,7 +197,8 @@ def _plot_shares(self: Exploration, ax) -> str:
     ax.hist(share, bins=np.linspace(0, max(share.max(), .1), 25), color="#0072B2")
     for value, style, name in ((share.mean(), "-", "mean"), (share.median(), "--", "median")):
         ax.axvline(value, color="#D55E00", ls=style, lw=1.2, label=f"{name} {value:.2g} %")
-    ax.set(title=f"label share, {int((share == 0).sum())} tiles empty", xlabel="% of labelled pixels", ylabel="tiles"); ax.legend(fontsize=7, frameon=False)
+    ax.set(title=f"label share, {int((share == 0).sum())} tiles empty", xlabel="% of labelled pixels", ylabel="tiles")
+    ax.legend(fontsize=7, frameon=False)
     return ""
 
 @patch
@@ -191,8 +209,10 @@ def _plot_blank(self: Exploration, ax) -> str:
     x = np.arange(len(t))
     ax.fill_between(x, 100 * order["none"], step="mid", color="#CC79A7", lw=0, label="blank, not declared")
     ax.fill_between(x, 100 * (1 - order["valid_share"]), step="mid", color="0.6", lw=0, label="declared as no image")
-    if "hidden_share" in order: ax.plot(x, 100 * order["hidden_share"], ".", color="#B2182B", ms=3, label="labels on these")
-    ax.set(title="pixels without image", xlabel="tiles, sorted", ylabel="% of tile", ylim=(0, 102)); ax.legend(fontsize=7, loc="upper right")
+    if "hidden_share" in order:
+        ax.plot(x, 100 * order["hidden_share"], ".", color="#B2182B", ms=3, label="labels on these")
+    ax.set(title="pixels without image", xlabel="tiles, sorted", ylabel="% of tile", ylim=(0, 102))
+    ax.legend(fontsize=7, loc="upper right")
     return ""
 
 # %% ../../nbs/data/explore.ipynb #149a4d1e
@@ -203,10 +223,13 @@ def _plot_objects(self: Exploration, ax) -> str:
     if len(sizes) < 10: return f"{len(sizes)} whole objects,\n{cut} cut by borders"
     low, high = np.log10(sizes.min() * .9), np.log10(sizes.max() * 1.1)
     ax.hist(np.log10(sizes), bins=np.linspace(low, high, 30), color="#009E73")
-    ax.axvline(np.log10(np.median(sizes)), color="#D55E00", ls="--", lw=1.2, label=f"median {number(np.median(sizes))} {unit}")
-    ticks = [k * 10.**p for p in range(int(np.floor(low)), int(high) + 1) for k in ((1,) if high - low > 2 else (1, 2, 5)) if low <= np.log10(k * 10.**p) <= high]
+    middle, steps = np.median(sizes), (1,) if high - low > 2 else (1, 2, 5)
+    ax.axvline(np.log10(middle), color="#D55E00", ls="--", lw=1.2, label=f"median {number(middle)} {unit}")
+    ticks = [k * 10.**p for p in range(int(np.floor(low)), int(high) + 1) for k in steps]
+    ticks = [v for v in ticks if low <= np.log10(v) <= high]
     ax.set_xticks(np.log10(ticks), [number(v) for v in ticks])
-    ax.set(title=f"{len(sizes):,} whole objects, {cut:,} cut", xlabel=unit, ylabel="objects"); ax.legend(fontsize=7, frameon=False)
+    ax.set(title=f"{len(sizes):,} whole objects, {cut:,} cut", xlabel=unit, ylabel="objects")
+    ax.legend(fontsize=7, frameon=False)
     return ""
 
 @patch
@@ -217,20 +240,22 @@ def _plot_shift(self: Exploration, ax) -> str:
     reach = (REACH + .5) * factor
     ax.imshow(s.surface, extent=(-reach, reach, reach, -reach), cmap="cividis")
     own = t[t["shift_margin"].notna()]
-    ax.scatter(own["shift_east_px"], own["shift_south_px"], s=4 + 60 * own["shift_margin"].clip(0, .5), fc="none", ec="w", lw=.5)
+    ax.scatter(own["shift_east_px"], own["shift_south_px"], s=4 + 60 * own["shift_margin"].clip(0, .5), fc="none",
+               ec="w", lw=.5)
     ax.plot(s.east_px, s.south_px, "+", color="#FFA000", ms=12, mew=2)
     ax.axhline(0, color="w", lw=.5, ls=":"); ax.axvline(0, color="w", lw=.5, ls=":")
-    ax.set(title=f"labels against edges: {s.distance_px:.1f} px{'' if s.sure else '?'}", xlabel="east, px", ylabel="south, px")
+    ax.set(title=f"labels against edges: {s.distance_px:.1f} px{'' if s.sure else '?'}")
+    ax.set(xlabel="east, px", ylabel="south, px")
     return ""
 
 @patch
-def _plot_splits(self: Exploration, ax) -> str:
+def _plot_light(self: Exploration, ax) -> str:
     t = self.table
     if "mean_0" not in t: return "no valid pixel"
     light = t.filter(regex=r"^mean_\d+$").mean(axis=1)
     for split in [s for s in COLOURS if s in set(t["split"])]:
         these = t["split"] == split
-        ax.scatter(light[these], t["contrast"][these], s=9, color=COLOURS[split], label=split or "no split", alpha=.8, lw=0)
+        ax.scatter(light[these], t["contrast"][these], s=9, color=COLOURS[split], label=split or "no split", lw=0)
     ax.set(title="a dot for each tile", xlabel="brightness", ylabel="contrast"); ax.legend(fontsize=7, frameon=False)
     return ""
 
@@ -273,18 +298,23 @@ def contact_sheet(self: Exploration, n: int = 18, columns: int = 6, side: int = 
     rows = {str(r["image"]): r for r in self.evidence.samples.to_dict("records")}
     columns = max(min(columns, len(picks)), 1)
     lines = max(-(-len(picks) // columns), 1)
-    figure, axes = plt.subplots(lines, columns, figsize=(1.5 * columns, 1.75 * lines), dpi=72, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(1.5 * columns, 1.75 * lines), dpi=72, squeeze=False,
+                                layout="constrained")
     for ax in axes.ravel(): ax.axis("off")
     for i, ax in zip(picks, axes.ravel()):
         t = self.table.iloc[i]
-        ax.imshow(_small(rows[str(t["image"])], side, self.options), interpolation="nearest"); ax.axis("on"); ax.set(xticks=[], yticks=[])
+        ax.imshow(_small(rows[str(t["image"])], side, self.options), interpolation="nearest")
+        ax.axis("on"); ax.set(xticks=[], yticks=[])
         ax.spines[:].set(color=COLOURS.get(t["split"], COLOURS[""]), linewidth=2)
-        none = 1 - t["valid_share"] + t["blank_share"]
-        facts = ([f"label {100 * t['positive_share']:.2g} %"] if pd.notna(t.get("positive_share")) else []) + ([f"blank {100 * none:.0f} %"] if none > .005 else [])
-        ax.set_title(f"{_short(t['name'])}\n{', '.join(facts)}", fontsize=6.5)
+        ax.set_title(_caption(t), fontsize=6.5)
     return figure
 
-def _short(name: str, most: int = 22) -> str: return name if len(name) <= most else f"{name[:most // 2 - 1]}…{name[-(most // 2):]}"
+def _caption(t: pd.Series, most: int = 22) -> str:
+    "Name, label share and blank share of a tile."
+    name, none = t["name"], 1 - t["valid_share"] + t["blank_share"]
+    if len(name) > most: name = f"{name[:most // 2 - 1]}…{name[-(most // 2):]}"
+    label = [f"label {100 * t['positive_share']:.2g} %"] if pd.notna(t.get("positive_share")) else []
+    return f"{name}\n{', '.join(label + [f'blank {100 * none:.0f} %'] * (none > .005))}"
 
 # %% ../../nbs/data/explore.ipynb #6fa4590d
 def _placed(samples: pd.DataFrame) -> np.ndarray: # (n, 4, 2) corners in degrees
@@ -308,10 +338,14 @@ def map(self: Exploration, tiles=None): # -> folium.Map; raises DataError where 
         label = f"label {100 * r['positive_share']:.2g} %, " if pd.notna(r.get("positive_share")) else ""
         return f"{label}no image {100 * (1 - r['valid_share'] + r['blank_share']):.0f} %"
     samples = self.evidence.samples
-    return map_split(samples.assign(split=samples["split"].map(lambda s: s if isinstance(s, str) else "")), tiles,
-                     [note(p) for p in samples["image"]], _placed(samples))
+    notes = [note(p) for p in samples["image"]]
+    return map_split(samples.assign(split=_splits(samples)), tiles, notes, _placed(samples))
 
 # %% ../../nbs/data/explore.ipynb #f31ffa3b
+_STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
+          "td,th{text-align:left;padding:.1em .8em .1em 0;vertical-align:top}"
+          "table{font-size:13px}details{overflow-x:auto}")
+
 def _png(figure) -> str:
     "A figure as an HTML image that is closed afterwards."
     from matplotlib import pyplot as plt
@@ -328,14 +362,17 @@ def save(
     n: int = 24,       # tiles on the contact sheet
 ) -> Path:
     "Write everything as one page."
-    try: shown = f"<iframe style='width:100%;height:28em;border:1px solid #ccc' srcdoc='{escape(self.map(tiles).get_root().render(), quote=True)}'></iframe>"
+    try:
+        footprints = escape(self.map(tiles).get_root().render(), quote=True)
+        shown = f"<iframe style='width:100%;height:28em;border:1px solid #ccc' srcdoc='{footprints}'></iframe>"
     except DataError as error: shown = f"<p>{escape(str(error))}</p>"
     columns = [c for c in self.table if c not in ("image", "classes", "blank_colour")]
-    lines = self.table[columns].round(3).to_html(index=False, border=0, na_rep="") if len(self.table) else "<p>No tile could be read.</p>"
-    pictures = f"{_png(self.plot())}<h2>Some tiles</h2><p>Labels in orange, blank parts hatched.</p>{_png(self.contact_sheet(n))}" if len(self.table) else ""
-    page = (f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>"
-            "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}td,th{text-align:left;padding:.1em .8em .1em 0;"
-            "vertical-align:top}table{font-size:13px}details{overflow-x:auto}</style>"
+    lines, pictures = "<p>No tile could be read.</p>", ""
+    if len(self.table):
+        lines = self.table[columns].round(3).to_html(index=False, border=0, na_rep="")
+        sheet = "<h2>Some tiles</h2><p>Labels in orange, blank parts hatched.</p>"
+        pictures = f"{_png(self.plot())}{sheet}{_png(self.contact_sheet(n))}"
+    page = (f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"
             f"<h1>{escape(title)}</h1><h2>What to worry about</h2>{worries_html(self.worries)}"
             f"<h2>In numbers</h2>{self.summary().to_html(header=False, border=0)}{pictures}<h2>Map</h2>{shown}"
             f"<h2>Every tile</h2><details><summary>{len(self.table)} lines</summary>{lines}</details></html>")
@@ -348,7 +385,7 @@ def _colour(text: str):
     try: return tuple(float(v) for v in re.split(r"[ ,]+", text.strip("() ")))
     except ValueError: raise DataError(f"fill '{text}' is no colour; write --fill 255,255,255") from None
 
-@call_parse
+@command
 def aerial_explore(
     data: str,           # folder of a data set, or "synthetic"
     out: str = "",       # page to write, such as page.html

@@ -15,13 +15,12 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import wraps
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
-from fastcore.script import anno_parser
 
+from ..commands import command
 from .graph import RoadGraph
 from .marbles import DEGREE_M, Side, Starts, TopoParameters, carry, lay_starts, meet, sides
 from .walks import near_along, scratch
@@ -259,35 +258,7 @@ def topo_means(results: list[TopoResult]) -> dict:
                        tiles=len(have), without_score=len(results) - len(have))
 
 # %% ../../nbs/roads/topo.ipynb #ade1eac7
-def _read(path: str, crs: str | None, image: str | None, gsd_m: float | None) -> tuple[RoadGraph, bool]:
-    "A graph, and whether its pixels are metres by the definition of its format."
-    from aerial_nb.roads.files import read_graph
-    kind = Path(path).suffix.lower()
-    if kind in (".p", ".pickle", ".pkl"): return read_graph(path), True
-    if kind == ".csv": graph = read_graph(path, crs=crs, image=image)
-    else:
-        try: graph = read_graph(path, crs="pixels" if crs == "pixels" else None)
-        except ValueError:
-            if crs is None: raise
-            graph = read_graph(path, crs=crs)
-    if graph.crs is None and gsd_m is None:
-        raise ValueError(f"{path}: roads in pixels; say how many metres a pixel has with --gsd_m")
-    return graph, False
-
-def _command(func):
-    "A command of a function, as fastcore's call_parse makes it; options may have dashes or underscores."
-    @wraps(func)
-    def run(*args, **kwargs):
-        if args or kwargs: return func(*args, **kwargs)
-        parser = anno_parser(func)
-        known = {o.replace("-", "_"): o for action in parser._actions for o in action.option_strings}
-        parts = [word.partition("=") for word in sys.argv[1:]]
-        words = [known.get(name.replace("-", "_"), name) + sign + value for name, sign, value in parts]
-        return func(**{k: v for k, v in vars(parser.parse_args(words)).items() if k not in ("pdb", "xtra")})
-    return run
-
-# %% ../../nbs/roads/topo.ipynb #2c9fc51e
-@_command
+@command
 def aerial_topo(
     truth: str,     # file of the true roads: GeoJSON, GeoPackage, CSV of WKT, Sat2Graph pickle, ...
     proposal: str,  # file of the proposed roads
