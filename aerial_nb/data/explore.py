@@ -134,8 +134,10 @@ def summary(self: Exploration) -> pd.DataFrame: # one column, a row for each fac
         pixels = t["rows"] * t["cols"]
         gsd = t["gsd_m"].astype(float)
         mean = lambda share: f"{100 * float((share * pixels).sum() / pixels.sum()):.3g} %"
-        facts |= {"size": f"{_spread(t['rows'], '{}')} x {_spread(t['cols'], '{}')} pixels, {pixels.sum() / 1e6:,.0f} Mpx",
-                  "pixel": _spread(gsd, "{:.3g} m") + (f", {float((pixels * gsd**2).sum()) / 1e6:.3g} km² in all" if gsd.notna().all() else ""),
+        ground = f", {float((pixels * gsd**2).sum()) / 1e6:.3g} km² in all" if gsd.notna().all() else ""
+        mpx = f"{pixels.sum() / 1e6:,.0f} Mpx"
+        facts |= {"size": f"{_spread(t['rows'], '{}')} x {_spread(t['cols'], '{}')} pixels, {mpx}",
+                  "pixel": _spread(gsd, "{:.3g} m") + ground,
                   "bands": f"{_spread(t['bands'], '{}')} of {', '.join(sorted(set(t['dtype'])))}",
                   "place": ", ".join(f"{k or 'none'} ({v})" for k, v in t["crs"].value_counts().items()),
                   "no image": f"{mean(1 - t['valid_share'])} declared, {mean(t['blank_share'])} blank and not declared"}
@@ -148,7 +150,8 @@ def _labels(self: Exploration) -> dict:
     if "positive_share" not in t or not t["positive_share"].notna().any(): return {"labels": "none"}
     share = t["positive_share"].dropna()
     counts = pd.DataFrame(list(t["classes"].dropna())).sum().sort_index()
-    out = {"label share": f"mean {100 * share.mean():.3g} %, median {100 * share.median():.3g} %, tiles from {100 * share.min():.3g} to {100 * share.max():.3g} %",
+    mean, median, low, high = (f"{100 * v:.3g}" for v in (share.mean(), share.median(), share.min(), share.max()))
+    out = {"label share": f"mean {mean} %, median {median} %, tiles from {low} to {high} %",
            "classes": ", ".join(f"{k}: {100 * v / counts.sum():.3g} %" for k, v in counts.items()),
            "empty tiles": f"{int((share == 0).sum())} of {len(share)}"}
     if len(e.sizes):
@@ -314,7 +317,7 @@ def _caption(t: pd.Series, most: int = 22) -> str:
     name, none = t["name"], 1 - t["valid_share"] + t["blank_share"]
     if len(name) > most: name = f"{name[:most // 2 - 1]}…{name[-(most // 2):]}"
     label = [f"label {100 * t['positive_share']:.2g} %"] if pd.notna(t.get("positive_share")) else []
-    return f"{name}\n{', '.join(label + [f'blank {100 * none:.0f} %'] * (none > .005))}"
+    return f"{name}\n{', '.join(label + [f'blank {100 * none:.0f} %'] * bool(none > .005))}"
 
 # %% ../../nbs/data/explore.ipynb #6fa4590d
 def _placed(samples: pd.DataFrame) -> np.ndarray: # (n, 4, 2) corners in degrees

@@ -257,6 +257,22 @@ def topo_means(results: list[TopoResult]) -> dict:
     return mean | dict(mean_of_f1=float(np.mean([r.f1 for r in have])), f1_of_means=2 * p * r / (p + r) if p + r else 0.,
                        tiles=len(have), without_score=len(results) - len(have))
 
+# %% ../../nbs/roads/topo.ipynb #8c054d05
+def _read(path: str, crs: str | None, image: str | None, gsd_m: float | None) -> tuple[RoadGraph, bool]:
+    "A graph, and whether its pixels are metres by the definition of its format."
+    from aerial_nb.roads.files import read_graph
+    kind = Path(path).suffix.lower()
+    if kind in (".p", ".pickle", ".pkl"): return read_graph(path), True
+    if kind == ".csv": graph = read_graph(path, crs=crs, image=image)
+    else:
+        try: graph = read_graph(path, crs="pixels" if crs == "pixels" else None)
+        except ValueError:
+            if crs is None: raise
+            graph = read_graph(path, crs=crs)
+    if graph.crs is None and gsd_m is None:
+        raise ValueError(f"{path}: roads in pixels; say how many metres a pixel has with --gsd_m")
+    return graph, False
+
 # %% ../../nbs/roads/topo.ipynb #ade1eac7
 @command
 def aerial_topo(
