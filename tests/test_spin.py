@@ -91,9 +91,9 @@ def test_the_short_way_is_the_plain_way(shape, h, w, channels_last):
     assert torch.allclose(ya, yb, rtol=1e-3, atol=1e-4)
     up = torch.randn_like(ya)
     (ya * up).sum().backward(); (yb * up).sum().backward()
-    assert torch.allclose(a.grad, b.grad, rtol=1e-2, atol=1e-3 * b.grad.abs().max())
+    assert (a.grad - b.grad).norm() < 1e-2 * b.grad.norm()   # a value at the kink of a ReLU may fall on either side
     for (name, p), q in zip(quick.named_parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(p.grad, q.grad, rtol=1e-2, atol=2e-3 * q.grad.abs().max() + 1e-5), name
+        assert (p.grad - q.grad).norm() < 1e-2 * q.grad.norm() + 1e-4, name
     for (name, p), q in zip(quick.named_buffers(), plain.buffers(), strict=True):
         assert torch.allclose(p.double(), q.double(), rtol=1e-3, atol=1e-4), name
 
