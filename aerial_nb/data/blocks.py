@@ -28,37 +28,41 @@ def buffer_for(
     gsd_m: float,       # metres per pixel; the coarsest of the data set
 ) -> float: # metres
     "The buffer that keeps a receptive field out of the other side."
-    if not (receptive_px > 0 and gsd_m > 0): raise DataError(f"need a receptive field and a gsd above 0, got {receptive_px} px and {gsd_m} m")
+    if not (receptive_px > 0 and gsd_m > 0):
+        raise DataError(f"need a receptive field and a gsd above 0, got {receptive_px} px and {gsd_m} m")
     return float(receptive_px * gsd_m)
 
 def _buffer(buffer_m, receptive_px, ground: Ground) -> float:
     "The buffer asked for, refused where it is narrower than the receptive field."
     if buffer_m is None and receptive_px is None:
         raise DataError("give buffer_m, or receptive_px (the receptive field, or the side of a prediction's window)")
-    if buffer_m is not None and not buffer_m >= 0: raise DataError(f"buffer_m must be 0 or more metres, got {buffer_m:g}")
+    if buffer_m is not None and not buffer_m >= 0:
+        raise DataError(f"buffer_m must be 0 or more metres, got {buffer_m:g}")
     least = 0.
     if receptive_px is not None:
-        if not np.isfinite(ground.gsd_m).any(): raise DataError("receptive_px needs the metres per pixel: fill the column gsd_m")
+        if not np.isfinite(ground.gsd_m).any():
+            raise DataError("receptive_px needs the metres per pixel: fill the column gsd_m")
         least = buffer_for(receptive_px, np.nanmax(ground.gsd_m))
     if buffer_m is not None and buffer_m < least:
-        raise DataError(f"a buffer of {buffer_m:g} m is narrower than the receptive field of {receptive_px} px, {least:g} m: make it {least:g} m")
+        raise DataError(f"a buffer of {buffer_m:g} m is narrower than the receptive field of {receptive_px} px: "
+                        f"make it {least:g} m")
     return least if buffer_m is None else float(buffer_m)
 
 # %% ../../nbs/data/blocks.ipynb #a1be60e3
-def _blocks(tied: Ties, block_m: float) -> tuple[np.ndarray, np.ndarray]: # (n,) names of blocks, (n, 2) their lower left corners
+def _blocks(tied: Ties, block_m: float) -> np.ndarray: # (n,) names of blocks
     "The block of every image; images that are tied share one."
     ground = tied.ground
     lost = np.flatnonzero(ground.place < 0)
     if len(lost):
-        raise DataError(f"{len(lost)} of {len(ground.place)} images have no place on the ground: give shapes=, a polygon in metres for each "
-                        "row, or divide them with split_by_scene")
+        raise DataError(f"{len(lost)} of {len(ground.place)} images have no place on the ground: give shapes=, a polygon "
+                        "in metres for each row, or divide them with split_by_scene")
     if not block_m > 0: raise DataError(f"block_m must be metres above 0, got {block_m:g}")
     centres = pd.DataFrame(shapely.get_coordinates(shapely.centroid(ground.shapes)), columns=["x", "y"])
     centres = centres.groupby(tied.group).transform("mean")
     place = pd.Series(ground.place).groupby(tied.group).transform("first").to_numpy()
     cell = np.floor(centres.to_numpy() / block_m).astype(int)
     names = [f"block {p}.{x}.{y}" if place.max() else f"block {x}.{y}" for p, (x, y) in zip(place, cell)]
-    return np.array(names), cell * block_m
+    return np.array(names)
 
 # %% ../../nbs/data/blocks.ipynb #ab2f5ff1
 @dataclass(frozen=True)
@@ -74,13 +78,14 @@ class BlockSplit:
     left_place: np.ndarray = field(repr=False)
 
     def __repr__(self) -> str:
-        return f"BlockSplit({len(self.samples)} images, {len(self.left_out)} left out, blocks of {self.block_m:g} m, buffer {self.buffer_m:g} m)"
+        return (f"BlockSplit({len(self.samples)} images, {len(self.left_out)} left out, blocks of {self.block_m:g} m, "
+                f"buffer {self.buffer_m:g} m)")
 
     def _repr_html_(self) -> str:
         kept, lost = self.samples["split"].value_counts(), self.left_out["was"].value_counts()
         rows = "".join(f"<tr><td>{s}</td><td>{kept.get(s, 0)}</td><td>{lost.get(s, 0)}</td></tr>" for s in SPLITS)
-        return (f"<p>{self.samples['scene'].nunique()} scenes in blocks of {self.block_m:g} m, {self.buffer_m:g} m between splits</p>"
-                f"<table><tr><th></th><th>images</th><th>left out</th></tr>{rows}</table>")
+        return (f"<p>{self.samples['scene'].nunique()} scenes in blocks of {self.block_m:g} m, {self.buffer_m:g} m between "
+                f"splits</p><table><tr><th></th><th>images</th><th>left out</th></tr>{rows}</table>")
 
 def _too_near(split: np.ndarray, pairs: np.ndarray, gaps: np.ndarray) -> dict: # row -> (row it is near to, metres)
     "Rows to leave out: of each pair the one that counts less, unless its partner is out already."
@@ -105,8 +110,9 @@ def split_by_block(
 ) -> BlockSplit: # raises DataError: no place, too few blocks, a buffer too narrow, or one that leaves a split empty
     "Divide ground into blocks, with nobody's land between them."
     tied = ties(samples, scenes=not divide_scenes, shapes=shapes)
-    buffer, names = _buffer(buffer_m, receptive_px, tied.ground), _blocks(tied, block_m)[0]
-    advice = "make blocks smaller" + "; where a scene is only tiles that touch, pass divide_scenes=True" * (not divide_scenes)
+    buffer, names = _buffer(buffer_m, receptive_px, tied.ground), _blocks(tied, block_m)
+    whole = "" if divide_scenes else "; where a scene is only tiles that touch, pass divide_scenes=True"
+    advice = f"make blocks smaller{whole}"
     split = _dealt(names, fractions, seed, "block", advice).to_numpy()
     pairs, gaps = near(tied.ground, buffer)
     close = gaps < buffer - 1e-6
@@ -114,11 +120,13 @@ def split_by_block(
     keep = np.array([i not in out for i in range(len(samples))])
     table = samples.assign(split=split, **(dict(scene=names) if divide_scenes else {}))
     empty = [s for s, share in zip(SPLITS, fractions) if share > 0 and not (split[keep] == s).any()]
-    if empty: raise DataError(f"a buffer of {buffer:g} m leaves nothing in {', '.join(empty)}: blocks of {block_m:g} m are too small for it; "
-                              f"try {max(4 * buffer, 2 * block_m):g} m")
-    left = table[~keep].assign(was=split[~keep], near=[str(samples["image"].iloc[out[i][0]]) for i in np.flatnonzero(~keep)],
-                               distance_m=[round(out[i][1], 2) for i in np.flatnonzero(~keep)], split="")
-    if len(left): logger.info("%d of %d images lie in the buffer of %g m and are left out", len(left), len(samples), buffer)
+    if empty:
+        raise DataError(f"a buffer of {buffer:g} m leaves nothing in {', '.join(empty)}: blocks of {block_m:g} m are too "
+                        f"small for it; try {max(4 * buffer, 2 * block_m):g} m")
+    gone = [out[i] for i in np.flatnonzero(~keep)]
+    left = table[~keep].assign(was=split[~keep], near=[str(samples["image"].iloc[to]) for to, _ in gone],
+                               distance_m=[round(gap, 2) for _, gap in gone], split="")
+    if len(left): logger.info("%d of %d images lie in the buffer of %g m, left out", len(left), len(samples), buffer)
     ground = tied.ground
     found = BlockSplit(table[keep].reset_index(drop=True), left.reset_index(drop=True), float(block_m), buffer,
                        ground.shapes[keep], ground.shapes[~keep], ground.place[keep], ground.place[~keep])
@@ -126,7 +134,8 @@ def split_by_block(
     return found
 
 # %% ../../nbs/data/blocks.ipynb #f86800f1
-COLOURS = {"train": "#0072B2", "valid": "#E69F00", "test": "#009E73", "left out": "#BBBBBB", "": "#999999"}  # Okabe and Ito (2008)
+# Okabe and Ito (2008)
+COLOURS = {"train": "#0072B2", "valid": "#E69F00", "test": "#009E73", "left out": "#BBBBBB", "": "#999999"}
 
 def _layers(samples, shapes=None) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, float]: # rows, shapes, place, buffer
     "What a map shows, from a samples table or a BlockSplit."
@@ -153,25 +162,27 @@ def plot_split(
     lines = -(-len(places) // columns)
     west, south, east, north = np.transpose([shapely.total_bounds(shapes[place == p]) for p in places])
     tall = width / columns * np.clip(np.max((north - south) / (east - west)), .25, 1.2) + .2
-    figure, axes = plt.subplots(lines, columns, figsize=(width, .4 + tall * lines), dpi=72, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(width, .4 + tall * lines), dpi=72, squeeze=False,
+                                layout="constrained")
     for ax in axes.ravel()[len(places):]: ax.axis("off")
-    for p, ax in zip(places, axes.ravel()):
-        these = place == p
-        _panel(ax, rows[these], shapes[these], buffer, names)
+    for p, ax in zip(places, axes.ravel()): _panel(ax, rows[place == p], shapes[place == p], buffer, names)
     counts = rows["split"].map(lambda s: s if s in COLOURS else "").value_counts()
     shown = [s for s in COLOURS if counts.get(s)]
     marks = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[s]) for s in shown]
     texts = [f"{s or 'no split'} ({counts[s]})" for s in shown]
-    if buffer: marks.append(plt.Rectangle((0, 0), 1, 1, fc="none", ec="0.3", ls="--")); texts.append(f"buffer, {buffer:g} m")
+    if buffer:
+        marks.append(plt.Rectangle((0, 0), 1, 1, fc="none", ec="0.3", ls="--")); texts.append(f"buffer, {buffer:g} m")
     figure.legend(marks, texts, loc="outside lower center", ncols=len(marks), frameon=False, fontsize=8)
     return figure
 
+# %% ../../nbs/data/blocks.ipynb #e43cee39
 def _panel(ax, rows: pd.DataFrame, shapes: np.ndarray, buffer: float, names: bool) -> None:
     "One place."
     from matplotlib.collections import PolyCollection
     outline = lambda shape: shapely.get_coordinates(shapely.get_exterior_ring(shape))
     colours = [COLOURS.get(s, COLOURS[""]) for s in rows["split"]]
-    ax.add_collection(PolyCollection([outline(s) for s in shapes], facecolors=colours, edgecolors="white", linewidths=.5, alpha=.9))
+    ax.add_collection(PolyCollection([outline(s) for s in shapes], facecolors=colours, edgecolors="white",
+                                     linewidths=.5, alpha=.9))
     if buffer:
         for split in ("valid", "test"):
             held = shapes[(rows["split"] == split).to_numpy()]
@@ -179,8 +190,8 @@ def _panel(ax, rows: pd.DataFrame, shapes: np.ndarray, buffer: float, names: boo
                 for part in shapely.get_parts(shapely.union_all(shapely.buffer(held, buffer, quad_segs=4))):
                     ax.plot(*outline(part).T, color="0.25", lw=.8, ls="--")
     if names:
-        for row, shape in zip(rows.itertuples(), shapes):
-            ax.text(shape.centroid.x, shape.centroid.y, Path(row.image).stem, fontsize=5, ha="center", va="center", clip_on=True)
+        for path, shape in zip(rows["image"], shapes):
+            ax.text(*shape.centroid.coords[0], Path(path).stem, fontsize=5, ha="center", va="center", clip_on=True)
     ax.set_aspect("equal"); ax.autoscale_view(); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     _scale(ax)
 
@@ -189,9 +200,9 @@ def _scale(ax) -> None:
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     power = 10 ** np.floor(np.log10((right - left) / 4))
     length = min((power * k for k in (1, 2, 5, 10)), key=lambda m: abs(np.log(m / ((right - left) / 4))))
-    y = low - .03 * (high - low)
+    text, y = f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m", low - .03 * (high - low)
     ax.plot([left, left + length], [y, y], color="0.2", lw=2, solid_capstyle="butt")
-    ax.text(left + 1.1 * length, y, f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m", fontsize=7, va="center")
+    ax.text(left + 1.1 * length, y, text, fontsize=7, va="center")
 
 # %% ../../nbs/data/blocks.ipynb #03043084
 def map_split(
@@ -203,26 +214,33 @@ def map_split(
     "An interactive map of footprints, coloured by split."
     import folium
     rows = samples
-    if isinstance(samples, BlockSplit): rows = pd.concat([samples.left_out.assign(split="left out"), samples.samples], ignore_index=True)
+    if isinstance(samples, BlockSplit):
+        rows = pd.concat([samples.left_out.assign(split="left out"), samples.samples], ignore_index=True)
     lonlat = ground_of(rows).lonlat if lonlat is None else np.asarray(lonlat, float)
     known = np.flatnonzero(np.isfinite(lonlat).all(axis=(1, 2)))
-    if not len(known): raise DataError("no image has a place on the earth: a map needs georeferenced images; plot_split takes shapes=")
+    if not len(known):
+        raise DataError("no image has a place on the earth: a map needs georeferenced images; plot_split takes shapes=")
     page = folium.Map(tiles=tiles, prefer_canvas=True, control_scale=True)
-    for split in [s for s in COLOURS if s in set(rows["split"].iloc[known].map(_named))]:
-        these = [i for i in known if _named(rows["split"].iloc[i]) == split]
+    splits = np.array([s if s in COLOURS else "" for s in rows["split"]], object)
+    for split in [s for s in COLOURS if (splits[known] == s).any()]:
+        these = known[splits[known] == split]
         features = [_feature(rows.iloc[i], lonlat[i], "" if notes is None else notes[i]) for i in these]
-        layer = folium.GeoJson(json.dumps(dict(type="FeatureCollection", features=features)), name=f"{split or 'no split'} ({len(these)})",
-                               style_function=lambda _, c=COLOURS[split]: dict(color=c, weight=1, fillColor=c, fillOpacity=.45),
-                               tooltip=folium.GeoJsonTooltip(["image", "scene", "note"], aliases=["image", "scene", ""]))
-        layer.add_to(page)
+        _layer(features, f"{split or 'no split'} ({len(these)})", COLOURS[split]).add_to(page)
     if isinstance(samples, BlockSplit): _buffer_layer(rows, lonlat, samples.buffer_m).add_to(page)
     folium.LayerControl(collapsed=False).add_to(page)
     south, west, north, east = *lonlat[known][..., ::-1].min((0, 1)), *lonlat[known][..., ::-1].max((0, 1))
     page.fit_bounds([[south, west], [north, east]])
     return page
 
-def _named(split) -> str: return split if split in COLOURS else ""
+def _layer(features: list[dict], name: str, colour: str):
+    "Footprints of one split, with what is said when the mouse is over them."
+    import folium
+    style = dict(color=colour, weight=1, fillColor=colour, fillOpacity=.45)
+    return folium.GeoJson(json.dumps(dict(type="FeatureCollection", features=features)), name=name,
+                          style_function=lambda _: style,
+                          tooltip=folium.GeoJsonTooltip(["image", "scene", "note"], aliases=["image", "scene", ""]))
 
+# %% ../../nbs/data/blocks.ipynb #fa440451
 def _feature(row, corners: np.ndarray, note: str) -> dict:
     "A footprint as GeoJSON."
     ring = [[round(float(v), 7) for v in xy] for xy in [*corners, corners[0]]]

@@ -36,7 +36,8 @@ class TestDoor:
         reader: str = "",      # who reads: a run of several models has one reader a model
     ): # raises DataError for rows without a split
         unknown = sorted({str(s) for s in samples["split"] if s not in SPLITS})
-        if unknown: raise DataError(f"split {', '.join(map(repr, unknown))} is not one of {', '.join(SPLITS)}: see ensure_split")
+        if unknown:
+            raise DataError(f"split {', '.join(map(repr, unknown))} is not one of {', '.join(SPLITS)}: see ensure_split")
         self._samples, self.reader, self.split_hash = samples, reader, split_hash(samples)
         self.folder = None if folder is None else Path(getattr(folder, "path", folder))
         self._opened = None   # when this very door was opened
@@ -45,7 +46,8 @@ class TestDoor:
         "The same split, with its record in this run folder."
         return TestDoor(self._samples, folder, reader)
 
-    def _part(self, *splits) -> pd.DataFrame: return self._samples[self._samples["split"].isin(splits)].reset_index(drop=True)
+    def _part(self, *splits) -> pd.DataFrame:
+        return self._samples[self._samples["split"].isin(splits)].reset_index(drop=True)
 
     @property
     def tuning(self) -> pd.DataFrame:
@@ -57,7 +59,7 @@ class TestDoor:
         return int((self._samples["split"] == "test").sum())
 
     def prepare(self, work) -> None:
-        "Let `work`, a function of a samples table, decode the test files before training, so that damage is found early."
+        "Let `work`, a function of a samples table, decode the test files early, so that damage is found before training."
         work(self._part("test"))   # what it returns is not handed out
 
 # %% ../../nbs/data/door.ipynb #2f712907
@@ -87,7 +89,8 @@ def _write(folder: Path, readings: list[dict]) -> None:
     write_bytes(folder / RECORD, text.encode())
 
 # %% ../../nbs/data/door.ipynb #20ea8188
-_TUNING = re.compile(r"\s*(re)?(tun|train|fit|select|choos|choice|pick|threshold|valid|early|stop|search|sweep|optimi|calibrat|adjust)", re.I)
+_TUNING = re.compile(r"\s*(re)?(tun|train|fit|select|choos|choice|pick|threshold|valid|early|stop|search|sweep|optimi|"
+                     "calibrat|adjust)", re.I)
 
 @patch
 def open(self: TestDoor,
@@ -102,12 +105,16 @@ def open(self: TestDoor,
         other = next((r for r in known if r["split_hash"] != self.split_hash), None)
         now = dict(purpose=purpose, split_hash=self.split_hash, model=model)
         if other is not None and other is not mine: self._refuse(other, "and this is another split")
-        if mine is None: known.append(dict(reader=self.reader, **now, when=_now(), rows=self.rows, program=Path(sys.argv[0]).name, again=[]))
-        elif self._opened or not model or any(mine[k] != v for k, v in now.items()): self._refuse(mine, _difference(mine, now))
+        if mine is None:
+            known.append(dict(reader=self.reader, **now, when=_now(), rows=self.rows,
+                              program=Path(sys.argv[0]).name, again=[]))
+        elif self._opened or not model or any(mine[k] != v for k, v in now.items()):
+            self._refuse(mine, _difference(mine, now))
         else: mine["again"].append(_now())
         _write(self.folder, known)
     self._opened = _now()
-    logger.info("test set read for '%s'%s: %d images, split %s", purpose, f" by {self.reader}" * bool(self.reader), self.rows, self.split_hash)
+    by = f" by {self.reader}" * bool(self.reader)
+    logger.info("test set read for '%s'%s: %d images, split %s", purpose, by, self.rows, self.split_hash)
     return self._part("test")
 
 def _difference(then: dict, now: dict) -> str:
@@ -120,18 +127,21 @@ def _difference(then: dict, now: dict) -> str:
 @patch
 def _checked(self: TestDoor, purpose: str) -> None:
     "Refuse what is no reading for a score, and a door that stands nowhere."
-    if not purpose.strip(): raise DataError("say what the test set is read for, such as open('score'): it goes into the record")
+    if not purpose.strip():
+        raise DataError("say what the test set is read for, such as open('score'): it goes into the record")
     if _TUNING.match(purpose):
-        raise DataError(f"'{purpose}' is tuning, and the test set is no place for it: use door.tuning, which has train and valid")
+        raise DataError(f"'{purpose}' is tuning, and the test set is no place for it: use door.tuning, which has train "
+                        "and valid")
     if self.folder is None: raise DataError("the door needs a run folder for its record: door.at(folder).open(...)")
-    if not self.rows: raise DataError("no rows in split test: an honest score needs some; split again, with a share for test")
+    if not self.rows:
+        raise DataError("no rows in split test: an honest score needs some; split again, with a share for test")
 
 @patch
 def _refuse(self: TestDoor, reading: dict, why: str) -> None:
     by = f" by {reading['reader']}" if reading["reader"] else ""
     raise DataError(f"the test set of this run ({reading['rows']} images, split {reading['split_hash']}) was read{by} on "
-                    f"{reading['when']} for '{reading['purpose']}', {why}. What was learned from that look must not be used here: "
-                    "tune on door.tuning, and score in a new run")
+                    f"{reading['when']} for '{reading['purpose']}', {why}. What was learned from that look must not be "
+                    "used here: tune on door.tuning, and score in a new run")
 
 # %% ../../nbs/data/door.ipynb #4636b7ee
 def test_readings(
@@ -157,5 +167,6 @@ def _repr_html_(self: TestDoor) -> str:
     rows = "".join(f"<tr><td>{escape(r['reader'] or 'run')}</td><td>{escape(r['purpose'])}</td><td>{r['when']}</td>"
                    f"<td>{escape(r['model'])}</td><td>{1 + len(r['again'])}</td></tr>" for r in self.readings)
     head = "<tr><th>reader</th><th>purpose</th><th>when (UTC)</th><th>model</th><th>times</th></tr>"
-    return (f"<p>Split <code>{self.split_hash}</code>: {sizes.get('train', 0)} train and {sizes.get('valid', 0)} valid to tune on, "
-            f"{self.rows} test {'read' if rows else 'not read'} in this run.</p>" + (f"<table>{head}{rows}</table>" if rows else ""))
+    said = (f"<p>Split <code>{self.split_hash}</code>: {sizes.get('train', 0)} train and {sizes.get('valid', 0)} valid to "
+            f"tune on, {self.rows} test {'read' if rows else 'not read'} in this run.</p>")
+    return said + (f"<table>{head}{rows}</table>" if rows else "")

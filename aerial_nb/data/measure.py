@@ -32,7 +32,7 @@ def _fill_colours(data: np.ndarray, tolerance: int) -> list[np.ndarray]:
     colours, counts = np.unique(rim, axis=0, return_counts=True)
     common = colours[counts.argmax()].astype(float)
     if counts.max() > .1 * len(rim) and all(np.abs(common - f).max() > 8 for f in found): found.append(common)
-    return [f for f in found if (np.abs(rim - f).max(1) <= tolerance).mean() > .01]   # elsewhere it cannot lie along the border
+    return [f for f in found if (np.abs(rim - f).max(1) <= tolerance).mean() > .01]   # or it is not along the border
 
 def blank_part(
     data: np.ndarray,   # (bands, h, w)
@@ -50,16 +50,17 @@ def blank_part(
         parts, n = components(alike)
         size = np.bincount(parts.ravel(), minlength=n + 1)
         rim = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
-        keep = [k for k in rim if k and size[k] >= least * valid.size and _plain(parts == k, lossy) and _flat(data, parts == k)]
+        large = [k for k in rim if k and size[k] >= least * valid.size]
+        keep = [k for k in large if _plain(parts == k, lossy) and _flat(data, parts == k)]
         found = np.isin(parts, keep)
         if found.sum() > best.sum(): best, colour = found, tuple(fill.tolist())
     return best, colour
 
 def _plain(part: np.ndarray, lossy: bool) -> bool:
-    "Whether a part lies along the border and its outline inside the tile is short; measured on the tiles of seven data sets."
+    "Whether a part lies along the border and has a short outline inside the tile; tried on seven data sets."
     side, area = np.sqrt(part.size), np.sqrt(part.sum())
     rim = sum(int(line.sum()) for line in (part[0], part[-1], part[1:-1, 0], part[1:-1, -1]))
-    if lossy: part = uniform_filter(part.astype(np.float32), 9) > .5     # JPEG frays an outline by its blocks of eight pixels
+    if lossy: part = uniform_filter(part.astype(np.float32), 9) > .5     # JPEG frays outlines, eight pixels at a time
     outline = int((part & ~binary_erosion(part, border_value=1)).sum())
     return rim >= .7 * area and outline <= 2 * side
 
@@ -109,12 +110,14 @@ def measure(
     except (DataError, OSError): return None
     blank, colour = blank_part(pixels.data, pixels.valid, info.lossy)
     image = pixels.valid & ~blank
-    found = dict(image=row["image"], rows=pixels.shape[0], cols=pixels.shape[1], bands=len(pixels.data), dtype=str(pixels.data.dtype),
-                 crs=info.crs.to_string()[:40] if info.crs else "", gsd_m=info.gsd_m or row.get("gsd_m"), lossy=info.lossy,
+    found = dict(image=row["image"], rows=pixels.shape[0], cols=pixels.shape[1], bands=len(pixels.data),
+                 dtype=str(pixels.data.dtype), crs=info.crs.to_string()[:40] if info.crs else "",
+                 gsd_m=info.gsd_m or row.get("gsd_m"), lossy=info.lossy,
                  valid_share=float(pixels.valid.mean()), blank_share=float(blank.mean()), blank_colour=colour)
     colours = _sampled(pixels.data, image)
     found |= {f"mean_{i}": v for i, v in enumerate(colours.mean(1) if colours.size else [])}
-    found |= dict(contrast=float(colours.std(1).mean()) if colours.size else np.nan, **_ends_of_range(pixels.data, image))
+    found |= dict(contrast=float(colours.std(1).mean()) if colours.size else np.nan)
+    found |= _ends_of_range(pixels.data, image)
     out = Measures(found, colours, likeness=_likeness(pixels.data, image), edges=_edges(pixels.data, image))
     if band is not None: _measure_labels(out, band, pixels, image, factor, side)
     return out
@@ -130,14 +133,15 @@ def _measure_labels(out: Measures, band: np.ndarray, pixels, image: np.ndarray, 
                     positive_px=total, hidden_share=share(int((positive & ~image).sum()), total),
                     hidden_undeclared=share(int((positive & pixels.valid & ~image).sum()), total),
                     image_positive_share=share(int((positive & image).sum()), int((image & (band != IGNORE)).sum())),
-                    objects=len(out.sizes) + cut, cut_objects=cut, classes={int(k): int(counts[k]) for k in np.flatnonzero(counts[:IGNORE])})
+                    objects=len(out.sizes) + cut, cut_objects=cut,
+                    classes={int(k): int(counts[k]) for k in np.flatnonzero(counts[:IGNORE])})
     if factor and total: out.surface = shift_surface(pixels.data, band, image, factor, side)
 
 # %% ../../nbs/data/measure.ipynb #1f7b25eb
 def _sampled(data: np.ndarray, image: np.ndarray, most: int = 2048) -> np.ndarray: # (bands, k)
     "Valid pixels at even steps."
     where = np.flatnonzero(image)
-    return data.reshape(len(data), -1)[:, where[::max(len(where) // most, 1)]] if len(where) else np.zeros((len(data), 0))
+    return data.reshape(len(data), -1)[:, where[::max(len(where) // most, 1)]]
 
 def _ends_of_range(data: np.ndarray, image: np.ndarray) -> dict:
     "Shares of valid pixels at the lowest and highest value of the file's type, in the worst band."
@@ -159,7 +163,8 @@ def _edges(data: np.ndarray, image: np.ndarray) -> np.ndarray | None: # (4, 384)
     "Steps from pixel to pixel along top, bottom, left and right: what two tiles share that are cut from one picture."
     if min(image.shape) < 64: return None
     out, bands = [], data[[0, 1, 2] if len(data) > 2 else [0, 0, 0]]
-    for strip, there in zip((bands[:, 0], bands[:, -1], bands[:, :, 0], bands[:, :, -1]), (image[0], image[-1], image[:, 0], image[:, -1])):
+    for side in (np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1]):
+        strip, there = bands[:, *side], image[side]
         at = np.linspace(0, len(there) - 3, 128).astype(int)
         step = (strip[:, at + 2].astype(np.float32) - strip[:, at]).ravel()
         step = np.sign(step) * np.sqrt(np.abs(step))         # a few strong steps must not decide alone
@@ -176,7 +181,8 @@ def look_alikes(
     "Tiles that show the same picture."
     rows = [i for i, cells in enumerate(likeness) if cells is not None]
     if len(rows) < 2: return []
-    flat = np.array([(c - c.mean()).ravel() / np.linalg.norm(c - c.mean()) for c in (likeness[i] for i in rows)], np.float32)
+    centred = [likeness[i].ravel() - likeness[i].mean() for i in rows]
+    flat = np.array([c / np.linalg.norm(c) for c in centred], np.float32)
     found = []
     for start in range(0, len(rows), 1024):
         alike = flat[start:start + 1024] @ flat.T
@@ -196,7 +202,7 @@ def continued(
     chance = bottom[:300] @ right[:300].T                    # the lower border of one against the right one of another
     chance = chance[(chance != 0) & ~np.eye(len(chance), dtype=bool)]
     spread = max(1.4826 * float(np.median(np.abs(chance))) if len(chance) else 0, .07)
-    least = max(.35, spread * (np.sqrt(2 * np.log(2 * len(rows) ** 2)) + .3))   # the highest of so many, by chance, and a little
+    least = max(.35, spread * (np.sqrt(2 * np.log(2 * len(rows) ** 2)) + .3))   # the best of so many by chance, and more
     found = []
     for first, second, side in ((bottom, top, "below"), (right, left, "right")):
         for start in range(0, len(rows), 1024):

@@ -36,7 +36,7 @@ def _image_edges(image: np.ndarray, valid: np.ndarray) -> list[np.ndarray]: # yy
     weight = inside / (energy + uniform_filter(energy, 31) + 1e-3)
     return [yy * weight, xx * weight, xy * weight, inside.astype(np.float32)]
 
-def _label_edges(label: np.ndarray, valid: np.ndarray, reach: int) -> list[np.ndarray]: # yy, xx, 2 xy, length, each (h, w)
+def _label_edges(label: np.ndarray, valid: np.ndarray, reach: int) -> list[np.ndarray]: # yy, xx, 2 xy, length
     "Tensor of the border of the labels; none at the rim, from where a displacement would leave the picture."
     dy, dx = _gradient(label, .7)
     length = np.hypot(dy, dx)
@@ -85,8 +85,8 @@ def _busiest(positive: np.ndarray, side: int) -> tuple[slice, slice]:
     tops, lefts = ([*range(0, max(n - side, 0), side // 2), max(n - side, 0)] for n in positive.shape)
     if len(tops) == len(lefts) == 1: return slice(0, side), slice(0, side)
     change = (positive[:-1, :-1] != positive[1:, :-1]) | (positive[:-1, :-1] != positive[:-1, 1:])
-    best = max(((t, u) for t in tops for u in lefts), key=lambda at: change[at[0]:at[0] + side, at[1]:at[1] + side].sum())
-    return tuple(slice(at, at + side) for at in best)
+    windows = [(slice(t, t + side), slice(u, u + side)) for t in tops for u in lefts]
+    return max(windows, key=lambda window: change[window].sum())
 
 # %% ../../nbs/data/shift.ipynb #38c263ca
 TRUST = .3
@@ -133,7 +133,8 @@ class Shift:
 
     def size(self, gsd_m: float | None = None) -> str:
         "As in '3.0 px (1.5 m)'."
-        return f"{self.distance_px:.1f} px" + (f" ({self.distance_px * gsd_m:.2g} m)" if gsd_m and np.isfinite(gsd_m) else "")
+        metres = f" ({self.distance_px * gsd_m:.2g} m)" if gsd_m and np.isfinite(gsd_m) else ""
+        return f"{self.distance_px:.1f} px{metres}"
 
     def words(self, gsd_m: float | None = None) -> str:
         "As in '3.0 px (1.5 m): 2.1 east, 2.1 north'."
@@ -158,5 +159,5 @@ def mean_shift(
 def working_factor(
     gsd_m: float | None, # metres per pixel
 ) -> int: # pixels to average; 1 at 0.3 m and above, and where the resolution is not known
-    "At 0.07 m a map may be fifty pixels off: finer images are averaged to about 0.3 m, so that the reach is some metres."
+    "At 0.07 m a map may be fifty pixels off: finer images are averaged to 0.3 m, so that the reach is some metres."
     return 1 if not gsd_m or not np.isfinite(gsd_m) else int(np.clip(round(.3 / gsd_m), 1, 8))

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 from .raster import DataError
-from .ties import near, ties
+from .ties import near, same_pixels, ties
 
 # %% ../../nbs/data/splits.ipynb #b0c964df
 logger = logging.getLogger(__name__)
@@ -27,6 +27,10 @@ SPLITS = "train", "valid", "test"
 def _lot(seed: int, draw: int, scene: str) -> str:
     "The lot of a scene: depends on the seed, the number of the draw and its name, and on nothing else."
     return sha256(f"{seed}.{draw}:{scene}".encode()).hexdigest()
+
+def _few(names, most: int = 12) -> str:
+    names = [str(n) for n in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 def _targets(fractions) -> np.ndarray:
     shares = np.asarray(fractions, float)
@@ -40,8 +44,8 @@ def _units(samples: pd.DataFrame) -> np.ndarray:
     scenes = samples["scene"].astype(str)
     units = ties(samples).named(scenes)
     moved = sorted(set(scenes[units != scenes]))
-    if moved: logger.warning("%d scenes share ground or pixels with another and stay with it: %s%s", len(moved),
-                             ", ".join(moved[:5]), ", ..." * (len(moved) > 5))
+    if moved:
+        logger.warning("%d scenes share ground or pixels with another and stay with it: %s", len(moved), _few(moved, 5))
     return units
 
 # %% ../../nbs/data/splits.ipynb #be591443
@@ -71,8 +75,8 @@ def _dealt(units, fractions, seed: int, what: str, advice: str) -> pd.Series:
     sizes = units.value_counts().to_dict()
     wanted = [s for s, share in zip(SPLITS, shares) if share > 0]
     if len(sizes) < len(wanted):
-        raise DataError(f"{len(sizes)} {what}{'s' * (len(sizes) != 1)} cannot be divided into {', '.join(wanted)}: {advice}, "
-                        "or pass fractions with a zero, such as (0.5, 0.5, 0)")
+        raise DataError(f"{len(sizes)} {what}{'s' * (len(sizes) != 1)} cannot be divided into {', '.join(wanted)}: "
+                        f"{advice}, or pass fractions with a zero, such as (0.5, 0.5, 0)")
     place, miss = _draw(sizes, shares, seed)
     if miss > 0.1: _report(sizes, place, shares, what)
     return units.map(place)
@@ -125,8 +129,10 @@ def check_split(
     if not len(found): return samples
     shown = [f"- {Path(r.one).name} ({r.one_split}) and {Path(r.two).name} ({r.two_split}) "
              f"{_TELL.get(r.why, 'are ' + r.why)}" for r in found.head(8).itertuples()]
-    raise DataError(f"{len(found)} pairs of images cross the split, and a score would measure memory:\n" + "\n".join(shown)
-                    + "\n- ..." * (len(found) > 8) + "\nGive such images one scene and call split_by_scene, or drop one of each pair")
+    lines = [f"{len(found)} pairs of images cross the split, and a score would measure memory:", *shown,
+             *["- ..."] * (len(found) > 8),
+             "Give such images one scene and call split_by_scene, or drop one of each pair"]
+    raise DataError("\n".join(lines))
 
 # %% ../../nbs/data/splits.ipynb #bc06fbee
 def ensure_split(
@@ -155,24 +161,27 @@ def _split_name(text, where) -> str:
 def _csv_lists(file: Path) -> dict:
     with file.open(newline="", encoding="utf-8-sig") as handle: rows = list(csv.DictReader(handle))
     columns = list(rows[0]) if rows else []
-    split = next((c for c in columns if c and c.lower() in ("split", "set", "subset", "part")), None)
-    name = next((c for c in columns if c and c.lower() in ("name", "image", "file", "filename", "tile", "scene", "id")), None)
+    called = lambda *names: next((c for c in columns if c and c.lower() in names), None)
+    split, name = called("split", "set", "subset"), called("name", "image", "file", "filename", "tile", "scene", "id")
     if split is None or name is None:
-        raise DataError(f"{file}: needs a column 'split' and a column 'name' (or 'image', 'file', 'tile'); it has {', '.join(columns)}")
+        raise DataError(f"{file}: needs a column 'split' and a column 'name' (or 'image', 'file', 'tile'); "
+                        f"it has {', '.join(columns)}")
     lists = {s: [] for s in SPLITS}
     for row in rows: lists[_split_name(row[split], file)].append(row[name])
     return lists
+
+def _list_file(file: Path) -> dict:
+    if not file.is_file(): raise DataError(f"{file}: no such list; give a .json or .csv file, or a dict of names")
+    if file.suffix.lower() == ".csv": return _csv_lists(file)
+    try: return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error: raise DataError(f"{file}: no JSON ({error})") from error
 
 def read_lists(
     lists, # a .json or .csv file; or dict: split -> names, or a text file with a name on each line
 ) -> dict: # split -> list of names; raises DataError: unreadable, unknown split, name in two splits
     "An official list, whatever its form."
     where = lists if isinstance(lists, (str, Path)) else "the lists"
-    if isinstance(lists, (str, Path)):
-        file = Path(lists)
-        if not file.is_file(): raise DataError(f"{file}: no such list; give a .json or .csv file, or a dict of names")
-        try: lists = _csv_lists(file) if file.suffix.lower() == ".csv" else json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error: raise error if isinstance(error, DataError) else DataError(f"{file}: no JSON ({error})") from error
+    if isinstance(lists, (str, Path)): lists = _list_file(Path(lists))
     if not isinstance(lists, dict): raise DataError(f"{where}: expected names by split, got {type(lists).__name__}")
     found = {s: [] for s in SPLITS}
     for split, names in lists.items():
@@ -182,10 +191,6 @@ def read_lists(
     if len(twice := sorted(count[count > 1].index)):
         raise DataError(f"{where}: {len(twice)} names are in two splits: {_few(twice)}")
     return found
-
-def _few(names, most: int = 12) -> str:
-    names = [str(n) for n in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 # %% ../../nbs/data/splits.ipynb #344daba3
 def _name_keys(path: str, key) -> set:
@@ -205,21 +210,26 @@ def split_by_list(
     as_published: bool = False, # keep a list although images cross it, with a warning
 ) -> pd.DataFrame: # a copy; raises one DataError that lists unknown, missing and ambiguous names, and what crosses
     "Divide as a published list says."
-    wanted = {name.replace("\\", "/").removeprefix("./"): split for split, names in read_lists(lists).items() for name in names}
+    wanted = {name.replace("\\", "/").removeprefix("./"): split
+              for split, names in read_lists(lists).items() for name in names}
     called = [[n for n in _name_keys(path, key) if n in wanted] for path in samples["image"]]
     owners = pd.Series([n for names in called for n in names], dtype=object).value_counts()
+    unknown = sorted(wanted.keys() - set(owners.index))
+    missing = [Path(p).name for p, names in zip(samples["image"], called) if not names]
     faults = {"for several images each (give more of their path)": sorted(owners[owners > 1].index),
-              "of the list without an image (partial=True allows it)": [] if partial else sorted(wanted.keys() - set(owners.index)),
-              "of images in no list (drop=True leaves them out)":
-                  [] if drop else [Path(p).name for p, names in zip(samples["image"], called) if not names]}
-    if any(faults.values()):
-        raise DataError("; ".join(f"{len(names)} name{'s' * (len(names) != 1)} {what}: {_few(names)}" for what, names in faults.items() if names))
+              "of the list without an image (partial=True allows it)": [] if partial else unknown,
+              "of images in no list (drop=True leaves them out)": [] if drop else missing}
+    told = [f"{len(names)} name{'s' * (len(names) != 1)} {what}: {_few(names)}"
+            for what, names in faults.items() if names]
+    if told: raise DataError("; ".join(told))
     split = [wanted[names[0]] if names else "" for names in called]
     out = samples.assign(split=split)[[s != "" for s in split]].reset_index(drop=True)
-    lost, left = len(wanted.keys() - set(owners.index)), len(samples) - len(out)
-    if lost or left: logger.warning("%d names of the list have no image, %d images are in no list and left out", lost, left)
+    if unknown or missing:
+        logger.warning("%d names of the list have no image, %d images are in no list and left out",
+                       len(unknown), len(missing))
     if not as_published: return check_split(out)
-    if found := len(crossings(out)): logger.warning("%d pairs of images cross the published split, which is kept", found)
+    if found := len(crossings(out)):
+        logger.warning("%d pairs of images cross the published split, which is kept", found)
     return out
 
 # %% ../../nbs/data/splits.ipynb #893cc78e
@@ -232,13 +242,15 @@ def split_by_city(
 ) -> pd.DataFrame: # a copy; raises DataError: unknown cities, two cities that share ground, scenes or pixels
     "Divide whole cities among train, valid and test."
     if isinstance(city, str):
-        if city not in samples.columns: raise DataError(f"the table has no column '{city}'; it has {', '.join(samples.columns)}")
+        if city not in samples.columns:
+            raise DataError(f"the table has no column '{city}'; it has {', '.join(samples.columns)}")
         cities = samples[city].astype(str)
     else: cities = pd.Series([str(city(row)) for row in samples.to_dict("records")], index=samples.index)
     units = pd.Series(cities.to_numpy()).groupby(ties(samples).group).transform("min").to_numpy()
     if (units != cities.to_numpy()).any():
         pairs = sorted({f"{a} and {b}" for a, b in zip(units, cities) if a != b})
-        raise DataError(f"cities share scenes, ground or pixels: {_few(pairs)}; give them one name, or correct the files")
+        raise DataError(f"cities share scenes, ground or pixels: {_few(pairs)}; give them one name, or correct the "
+                        "files")
     if named: return check_split(samples.assign(split=_named_cities(cities, named).to_numpy()))
     return samples.assign(split=_dealt(units, fractions, seed, "group", "add images of other cities").to_numpy())
 
@@ -253,7 +265,8 @@ def _named_cities(cities: pd.Series, named: dict) -> pd.Series:
         raise DataError(f"no image of {_few(unknown)}; the cities are {_few(sorted(set(cities)))}")
     if set(place) == set(cities): return cities.map(place)
     if "train" in set(place.values()):
-        raise DataError(f"no split is named for {_few(sorted(set(cities) - set(place)))}; name all cities, or none for train")
+        rest = _few(sorted(set(cities) - set(place)))
+        raise DataError(f"no split is named for {rest}; name all cities, or none for train")
     return cities.map(lambda c: place.get(c, "train"))
 
 # %% ../../nbs/data/splits.ipynb #a5feee50
@@ -269,7 +282,9 @@ def k_folds(
     kept = (samples["split"] == "test").to_numpy() & keep_test
     units = pd.Series(_units(samples))[~kept]
     sizes = units.value_counts().to_dict()
-    if len(sizes) < k: raise DataError(f"{len(sizes)} scene{'s' * (len(sizes) != 1)} cannot be divided into {k} folds: ask for fewer, or add places")
+    if len(sizes) < k:
+        raise DataError(f"{len(sizes)} scene{'s' * (len(sizes) != 1)} cannot be divided into {k} folds: ask for fewer, "
+                        "or add places")
     order = sorted(sizes, key=lambda scene: (-sizes[scene], _lot(seed, 0, scene)))   # the large ones first
     load, fold = [0] * k, {}
     for scene in order:
@@ -290,13 +305,15 @@ def few_shot(
     check_split(samples)
     train = samples.reset_index(drop=True)
     train = train[train["split"] == "train"]
-    if len(train): train = train[~pd.Series(ties(train, scenes=False).named(train["image"]), index=train.index).duplicated()]
-    lots = pd.DataFrame(dict(scene=train["scene"].astype(str), lot=[_lot(seed, 0, Path(p).name) for p in train["image"]]), index=train.index)
-    turn = lots.sort_values(["lot"]).groupby("scene").cumcount()
-    order = lots.assign(turn=turn, scene_lot=[_lot(seed, 1, s) for s in lots["scene"]]).sort_values(["turn", "scene_lot"]).index
+    train = train[same_pixels(list(train["image"])) == np.arange(len(train))]   # no picture twice
+    scenes = train["scene"].astype(str)
+    lots = pd.DataFrame(dict(scene=scenes, later=[_lot(seed, 1, s) for s in scenes],
+                             lot=[_lot(seed, 0, Path(p).name) for p in train["image"]]), index=train.index)
+    turn = lots.sort_values("lot").groupby("scene").cumcount()   # one image of each scene, then a second of each
+    order = lots.assign(turn=turn).sort_values(["turn", "later"]).index
     if not budgets or min(budgets) < 1 or max(budgets) > len(order):
-        raise DataError(f"budgets {tuple(budgets)} need 1 to {len(order)} images, the number of different ones in train; "
-                        "ask for fewer, or give train a larger share")
+        raise DataError(f"budgets {tuple(budgets)} need 1 to {len(order)} images, the number of different ones in "
+                        "train; ask for fewer, or give train a larger share")
     chosen = lambda n: [i for i, s in enumerate(samples["split"]) if s != "train" or i in set(order[:n])]
     return {n: samples.iloc[chosen(n)].reset_index(drop=True) for n in sorted(budgets)}
 

@@ -105,7 +105,9 @@ def _corners(infos: list) -> np.ndarray: # (n, 4, 2) lon, lat of the corners, Na
             (h, w), t = infos[i].shape, infos[i].transform
             xy += [(t.a * c + t.b * r + t.c, t.d * c + t.e * r + t.f) for c, r in ((0, 0), (w, 0), (w, h), (0, h))]
         try: lonlat = transform(infos[rows[0]].crs, "EPSG:4326", *zip(*xy))
-        except RasterioError as error: logger.warning("%d images have a place that cannot be used (%s)", len(rows), error); continue
+        except RasterioError as error:
+            logger.warning("%d images have a place that cannot be used (%s)", len(rows), error)
+            continue
         out[rows] = np.transpose(lonlat).reshape(-1, 4, 2)
     out[~np.isfinite(out).all(axis=(1, 2))] = np.nan
     return out
@@ -114,7 +116,8 @@ def _places(centres: np.ndarray) -> np.ndarray: # (n,) int, from (n, 2) lon, lat
     "Images within some tens of kilometres of each other, directly or through others, are of one place."
     band = np.floor(centres[:, 1] * 111.2 / _NEAR_KM)
     parallel = np.cos(np.radians(np.clip((band + .5) * _NEAR_KM / 111.2, -89, 89)))
-    cells, cell = np.unique(np.stack([band, np.floor(centres[:, 0] * 111.2 * parallel / _NEAR_KM)], 1), axis=0, return_inverse=True)
+    along = np.floor(centres[:, 0] * 111.2 * parallel / _NEAR_KM)
+    cells, cell = np.unique(np.stack([band, along], 1), axis=0, return_inverse=True)
     middle = np.radians([centres[cell.ravel() == c].mean(0) for c in range(len(cells))])
     lon, lat = middle.T
     ball = 6371 * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
@@ -141,9 +144,11 @@ def ground_of(
     threads: int | None = None, # as in `glances`
 ) -> Ground: # raises DataError when there are not as many shapes as rows
     "Footprints in metres, from the headers of the images or as given."
-    gsd = np.array(pd.to_numeric(samples["gsd_m"], errors="coerce") if "gsd_m" in samples else [np.nan] * len(samples), float)
+    gsd = pd.to_numeric(samples["gsd_m"], errors="coerce") if "gsd_m" in samples else [np.nan] * len(samples)
+    gsd = np.array(gsd, float)
     if shapes is not None:
-        if len(shapes) != len(samples): raise DataError(f"{len(shapes)} shapes for {len(samples)} samples: give one a row")
+        if len(shapes) != len(samples): raise DataError(f"{len(shapes)} shapes for {len(samples)} samples: "
+            "give one a row")
         given = np.array([s is not None for s in shapes])
         return Ground(_objects(shapes), np.where(given, 0, -1), np.full((len(samples), 4, 2), np.nan), gsd)
     infos = [g.info for g in glances(list(samples["image"]), threads)]
@@ -172,7 +177,8 @@ def near(
     distance_m: float, # between borders; 0 finds what overlaps or touches
 ) -> tuple[np.ndarray, np.ndarray]: # (k, 2) rows with the smaller first, (k,) metres
     "Pairs of images nearer than a distance."
-    if distance_m > 1000 * _NEAR_KM: raise DataError(f"distances up to {_NEAR_KM:g} km can be measured, got {distance_m / 1000:g} km")
+    if distance_m > 1000 * _NEAR_KM: raise DataError(f"distances up to {_NEAR_KM:g} km can be measured, got "
+        f"{distance_m / 1000:g} km")
     pairs, gaps = [np.empty((0, 2), int)], [np.empty(0)]
     for p in np.unique(ground.place[ground.place >= 0]):
         rows = np.flatnonzero(ground.place == p)

@@ -6,7 +6,7 @@ What to worry about in a data set: evidence in, sentences with numbers out, orde
 
 # %% auto #0
 __all__ = ['LEVELS', 'Worry', 'ordered', 'worries_html', 'Evidence', 'number', 'of_faults', 'of_notes', 'of_blank', 'of_shift',
-           'of_kinship', 'of_classes', 'of_objects', 'of_scenes', 'of_pixels', 'worry']
+           'of_kinship', 'of_classes', 'of_objects', 'of_scenes', 'of_pixels', 'of_exposure', 'worry']
 
 # %% ../../nbs/data/worries.ipynb #6639ce12
 from dataclasses import dataclass, field
@@ -36,7 +36,8 @@ def ordered(worries: list[Worry]) -> list[Worry]:
 def worries_html(worries: list[Worry]) -> str:
     "The list as HTML."
     colours = dict(stop="#B2182B", look="#B35806", know="#4D4D4D")
-    items = "".join(f"<li style='margin:.3em 0'><b style='color:{colours[w.level]}'>{w.level}</b> {escape(w.text)}</li>" for w in worries)
+    said = [f"<b style='color:{colours[w.level]}'>{w.level}</b> {escape(w.text)}" for w in worries]
+    items = "".join(f"<li style='margin:.3em 0'>{text}</li>" for text in said)
     return f"<ol>{items}</ol>" if items else "<p>Nothing found to worry about.</p>"
 
 # %% ../../nbs/data/worries.ipynb #7099da0d
@@ -71,159 +72,195 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 # %% ../../nbs/data/worries.ipynb #f4e33af7
-_ADVICE = dict(missing="copy them, or drop the rows", unreadable="download them again, or drop the rows", blank="drop them",
-               mask="say what the values mean (labels=dict(positive=...) or dict(classes=...))", size="pair each image with its own label",
-               duplicate="drop one of each pair: doubled tiles count twice, and may lie on both sides of a split",
-               scene="split again with split_by_scene", overlap="give them one scene and split again", bands="keep one kind per table",
-               split="use train, valid and test", gsd="correct gsd_m", columns="see aerial_nb.data.catalog.samples_from")
-_WHAT = dict(missing="file that is not there|files that are not there", unreadable="image that cannot be read|images that cannot be read",
-             blank="image that is blank throughout|images that are blank throughout", mask="label that cannot be understood|labels that cannot be understood",
-             size="label of another size than its image|labels of another size than their images", duplicate="tile that is there twice|tiles that are there twice",
-             scene="scene that lies in two splits|scenes that lie in two splits", bands="mixture of bands or types|mixtures of bands or types",
-             overlap="pair of images of two splits that show the same ground|pairs of images of two splits that show the same ground",
-             split="row with an unknown split|rows with an unknown split", gsd="impossible pixel size|impossible pixel sizes")
+_FAULTS = {  # kind: one, many, what to do
+    "missing": ("file that is not there", "files that are not there", "copy them, or drop the rows"),
+    "unreadable": ("image that cannot be read", "images that cannot be read", "download again, or drop the rows"),
+    "blank": ("image that is blank throughout", "images that are blank throughout", "leave out"),
+    "mask": ("label that cannot be understood", "labels that cannot be understood",
+             "say what its values mean (labels=dict(positive=...) or dict(classes=...))"),
+    "size": ("label of another size than its image", "labels of another size than their images",
+             "pair each image with its own label"),
+    "duplicate": ("tile that is there twice", "tiles that are there twice",
+                  "drop one of each pair: it counts twice, and may lie on both sides of a split"),
+    "scene": ("scene that lies in two splits", "scenes that lie in two splits", "split again with split_by_scene"),
+    "overlap": ("pair of images of two splits that show the same ground",
+                "pairs of images of two splits that show the same ground", "give them one scene and split again"),
+    "bands": ("mixture of bands or types", "mixtures of bands or types", "keep one kind per table"),
+    "split": ("row with an unknown split", "rows with an unknown split", "use train, valid and test"),
+    "gsd": ("impossible pixel size", "impossible pixel sizes", "correct gsd_m")}
 
 def _local(e: Evidence, message: str) -> str:
     "A message with the names of files instead of their paths."
     paths = {str(p) for c in ("image", "label", "valid") if c in e.samples for p in e.samples[c] if isinstance(p, str)}
-    for folder in sorted({str(Path(p).parent) for p in paths if p}, key=len, reverse=True):
-        if folder != ".": message = message.replace(folder.rstrip("/\\") + "/", "").replace(folder.rstrip("/\\") + "\\", "")
+    for folder in sorted({str(Path(p).parent) for p in paths if p} - {"."}, key=len, reverse=True):
+        for slash in "/\\": message = message.replace(folder.rstrip("/\\") + slash, "")
     return message
 
 def of_faults(e: Evidence) -> list[Worry]:
     "What the scan calls a fault, kind by kind."
-    faults = e.findings[e.findings["severity"] == "fault"]
-    out = []
+    faults, out = e.findings[e.findings["severity"] == "fault"], []
     for kind, rows in faults.groupby("kind", sort=False):
         names = tuple(n for n in rows["sample"] if n)
-        one, many = _WHAT.get(kind, f"fault|faults ({kind})").split("|")
-        first = _local(e, rows["message"].iloc[0])
-        out.append(Worry("stop", f"{len(rows)} {one if len(rows) == 1 else many}{f' ({_names(names)})' if names else ''}: {_ADVICE.get(kind, 'correct them')}. "
-                         f"{'The first' if len(rows) > 1 else 'In full'}: {first}", names, 2 + len(rows) / len(e.samples)))
+        one, many, advice = _FAULTS.get(kind, (kind, kind, "correct it"))
+        lead = f"1 {one}" if len(rows) == 1 else f"{len(rows)} {many}"
+        first = ("The first: " if len(rows) > 1 else "In full: ") + _local(e, rows["message"].iloc[0])
+        said = f"{lead}{f' ({_names(names)})' if names else ''}: {advice}. {first}"
+        out.append(Worry("stop", said, names, 2 + len(rows) / len(e.samples)))
     return out
+
+# %% ../../nbs/data/worries.ipynb #292fddb1
+_NOTES = {  # kind: level, text
+    "unlabelled": ("know", "have no label and are good for prediction only"),
+    "gsd": ("look", "contradict their file about the size of a pixel; widths in metres will be wrong"),
+    "overlap": ("look", "overlap a tile of another scene; give both one scene, or a later split may divide them")}
 
 def of_notes(e: Evidence) -> list[Worry]:
     "What the scan notes and the measures do not say better."
-    notes = e.findings[e.findings["severity"] == "note"]
-    out = []
-    for kind, level, text in (("unlabelled", "know", "have no label and are good for prediction only"),
-                              ("gsd", "look", "contradict their file about the size of a pixel; widths in metres will be wrong"),
-                              ("overlap", "look", "overlap a tile of another scene; give both one scene, or a later split may divide them")):
+    notes, out = e.findings[e.findings["severity"] == "note"], []
+    for kind, (level, text) in _NOTES.items():
         names = tuple(dict.fromkeys(notes.loc[notes["kind"] == kind, "sample"]))
-        if names: out.append(Worry(level, f"{_many(len(names), len(e.samples))} {text}: {_names(names)}.", names, len(names) / len(e.samples)))
+        if not names: continue
+        said = f"{_many(len(names), len(e.samples)).capitalize()} {text}: {_names(names)}."
+        out.append(Worry(level, said, names, len(names) / len(e.samples)))
     return out
 
 # %% ../../nbs/data/worries.ipynb #2ac0517e
+def _being(n: int, of: int) -> str:
+    "As in 'All 40 tiles are' or '1 of 40 tiles is'."
+    return f"{_many(n, of).capitalize()} {'is' if n == 1 else 'are'}"
+
 def of_blank(e: Evidence) -> list[Worry]:
     "Undeclared blank parts; labels that lie on no image."
-    t, out = e.table, []
+    t, out, pixels = e.table, [], e.table["rows"] * e.table["cols"]
+    overall = lambda share: float((share * pixels).sum() / pixels.sum())
     blank = t[t["blank_share"] > 0].sort_values("blank_share", ascending=False)
-    pixels = t["rows"] * t["cols"]
     if len(blank):
-        colour = blank["blank_colour"].value_counts().index[0]
-        said = f"({', '.join(f'{v:g}' for v in colour)})"
-        spread = f"{_percent(blank['blank_share'].min())} to {_percent(blank['blank_share'].max())} of a tile"
-        out.append(Worry("stop", f"{_many(len(blank), len(t)).capitalize()} {'is' if len(blank) == 1 else 'are'} partly blank, and no file says so: "
-                         f"the colour {said} fills {spread}, {_percent((t['blank_share'] * pixels).sum() / pixels.sum())} of all pixels. Declare it with "
-                         f"fill={said}, or give pictures of the valid pixels; otherwise blank pixels are trained on and scored as background.",
-                         tuple(blank["name"]), 1 + len(blank) / len(t)))
-    if (invalid := float(((1 - t["valid_share"]) * pixels).sum() / pixels.sum())) > .05:
-        out.append(Worry("know", f"{_percent(invalid)} of all pixels are declared as no image, up to {_percent(1 - t['valid_share'].min())} of a tile.",
-                         tuple(t.sort_values("valid_share")["name"][:5]), invalid))
+        colour = f"({', '.join(f'{v:g}' for v in blank['blank_colour'].value_counts().index[0])})"
+        low, high = _percent(blank["blank_share"].min()), _percent(blank["blank_share"].max())
+        fills = f"{low} to {high}" if low != high else low
+        said = (f"{_being(len(blank), len(t))} partly blank, and no file says so: the colour {colour} fills {fills} of "
+                f"a tile, {_percent(overall(t['blank_share']))} of all pixels. Declare it with fill={colour}, or give "
+                "pictures of the valid pixels; otherwise blank pixels are trained on and scored as background.")
+        out.append(Worry("stop", said, tuple(blank["name"]), 1 + len(blank) / len(t)))
+    if (invalid := overall(1 - t["valid_share"])) > .05:
+        most = _percent(1 - t["valid_share"].min())
+        said = f"{_percent(invalid)} of all pixels are declared as no image, up to {most} of a tile."
+        out.append(Worry("know", said, tuple(t.sort_values("valid_share")["name"][:5]), invalid))
     return out + _hidden(t)
 
 def _hidden(t: pd.DataFrame) -> list[Worry]:
+    "Labels on blank pixels, declared or not."
     if "hidden_share" not in t or not t["positive_px"].sum(): return []
     px = t["positive_px"].fillna(0)
     share, undeclared = (float((t[c].fillna(0) * px).sum() / px.sum()) for c in ("hidden_share", "hidden_undeclared"))
-    most = t[t["hidden_share"] > .5].sort_values("hidden_share", ascending=False)
-    some = t[t["hidden_share"] > .01]
+    bad = t[t["hidden_share"] > .01].sort_values("hidden_share", ascending=False)
+    most = bad[bad["hidden_share"] > .5]
     if share < .01 and not len(most): return []
-    worst = ", ".join(f"{r.name_} {_percent(r.hidden_share)}" for r in (most if len(most) else some.sort_values("hidden_share", ascending=False)).rename(
-        columns={"name": "name_"}).head(3).itertuples())
-    lead = (f"In {_many(len(most), len(t))} most of the labels lie on blank pixels, where there is no image" if len(most)
-            else f"In {_many(len(some), len(t))} labels lie on blank pixels, where there is no image")
-    text = f"{lead}: {_percent(share)} of all label pixels (worst: {worst})."
+    worst = ", ".join(f"{name} {_percent(part)}" for name, part in zip(bad["name"][:3], bad["hidden_share"][:3]))
+    many, what = (len(most), "most of the labels") if len(most) else (len(bad), "labels")
+    text = (f"In {_many(many, len(t))} {what} lie on blank pixels, where there is no image: {_percent(share)} of all "
+            f"label pixels (worst: {worst}). ")
     if undeclared > share / 2:
-        text += " Nothing declares these parts as blank, so a model is taught to find labels on an empty page: declare the blank colour before anything else."
-        return [Worry("stop", text, tuple(most["name"]), 2 + share)]
-    text += " The blank parts are declared, so training and scores leave them out, and there is less to learn from than the labels promise."
-    return [Worry("look", text, tuple(most["name"]), 1 + share)]
+        text += ("Nothing declares these parts as blank, so a model is taught to find labels on an empty page: "
+                 "declare the blank colour before anything else.")
+        return [Worry("stop", text, tuple(bad["name"]), 2 + share)]
+    text += ("The blank parts are declared, so training and scores leave them out, and there is less to learn from "
+             "than the labels promise.")
+    return [Worry("look", text, tuple(bad["name"]), 1 + share)]
 
 # %% ../../nbs/data/worries.ipynb #6301a73d
 def of_shift(e: Evidence) -> list[Worry]:
     "A shift that all tiles share, and tiles that differ from it."
     if e.shift is None: return []
-    t, s, gsd = e.table, e.shift, e.table["gsd_m"].astype(float).median()
-    out = []
+    s, gsd, out = e.shift, e.table["gsd_m"].astype(float).median(), []
     if s.sure and s.distance_px - np.nan_to_num(s.radius_px) / 2 >= 1:
-        metres = f", to within {s.radius_px:.1f} px" if np.isfinite(s.radius_px) else ""
-        out.append(Worry("look" if s.distance_px < 3 else "stop", f"Labels lie {s.size(gsd)} beside the image edges they belong to: {s.way} (from {s.tiles} tiles{metres}). "
-                         f"Move them by {-s.east_px:+.1f} px in columns and {-s.south_px:+.1f} px in rows, or correct the registration at its source: "
-                         "thin roads and small roofs lose the most.", (), 1 + s.distance_px / 10))
-    if "shift_margin" not in t: return out
+        within = f", to within {s.radius_px:.1f} px" if np.isfinite(s.radius_px) else ""
+        said = (f"Labels lie {s.size(gsd)} beside the image edges they belong to: {s.way} (from {s.tiles} "
+                f"tiles{within}). Move them by {-s.east_px:+.1f} px in columns and {-s.south_px:+.1f} px in rows, or "
+                "correct the registration at its source: thin roads and small roofs lose the most.")
+        out.append(Worry("look" if s.distance_px < 3 else "stop", said, (), 1 + s.distance_px / 10))
+    if not s.sure and s.tiles >= 5:
+        said = (f"Whether labels are shifted against the image cannot be told: {s.tiles} tiles give no clear answer "
+                f"(margin {s.margin:.2f} of the {TRUST} it takes).")
+        out.append(Worry("know", said))
+    return out + _shifted_alone(e.table, s)
+
+def _shifted_alone(t: pd.DataFrame, s: Shift) -> list[Worry]:
+    "Tiles whose own labels are shifted otherwise, by more than four pixels."
+    if "shift_margin" not in t: return []
     own = t[t["shift_margin"] >= TRUST]
     off = np.hypot(own["shift_east_px"] - s.east_px, own["shift_south_px"] - s.south_px)
     odd = own.assign(off=off)[off > 4].sort_values("off", ascending=False)
-    if len(odd):
-        worst = ", ".join(f"{r['name']} {r['shift_east_px']:+.0f} columns, {r['shift_south_px']:+.0f} rows" for _, r in odd.head(3).iterrows())
-        out.append(Worry("look", f"In {_many(len(odd), len(own))} that can tell, labels seem shifted on their own: {worst}. Look at these first.",
-                         tuple(odd["name"]), len(odd) / len(own)))
-    if not s.sure and s.tiles >= 5:
-        out.append(Worry("know", f"Whether labels are shifted against the image cannot be told: {s.tiles} tiles give no clear answer (margin {s.margin:.2f} of the {TRUST} it takes).", (), 0))
-    return out
+    if not len(odd): return []
+    worst = ", ".join(f"{r['name']} {r['shift_east_px']:+.0f} columns, {r['shift_south_px']:+.0f} rows"
+                      for _, r in odd.head(3).iterrows())
+    said = (f"In {_many(len(odd), len(own))} that can tell, labels seem shifted on their own: {worst}. "
+            "Look at these first.")
+    return [Worry("look", said, tuple(odd["name"]), len(odd) / len(own))]
 
 # %% ../../nbs/data/worries.ipynb #12b78af6
+def _pairs_said(pairs: list, across: list, verb: str, sign: str) -> str:
+    "As in '3 pairs of tiles touch, 2 of them in two splits: a - b, c - d and 1 more'."
+    first = [f"{p[0]} {sign} {p[1]}" for p in across + [p for p in pairs if p not in across]]
+    one = len(pairs) == 1
+    crossing = f", {len(across)} of them in two splits" if across else ""
+    verb = verb.format(s="" if not one else "es" if verb.endswith("touch{s}") else "s")
+    return f"{len(pairs)} pair{'s' * (not one)} of tiles {verb}{crossing}: {_names(first)}."
+
 def of_kinship(e: Evidence) -> list[Worry]:
     "Copies, pieces of one picture, and neighbours of two splits."
     split = dict(zip(e.table["name"], e.table["split"].fillna("")))
     scene = dict(zip(e.table["name"], e.table["scene"].astype(str)))
-    crosses = lambda a, b: split.get(a, "") != split.get(b, "")
-    out = []
+    across = lambda pairs: [p for p in pairs if split.get(p[0], "") != split.get(p[1], "")]
+    tiles = lambda pairs: tuple(dict.fromkeys(name for p in pairs for name in p[:2]))
+    loose, out = [p for p in e.joined if scene.get(p[0]) != scene.get(p[1])], []
     if e.alike:
-        over = [p for p in e.alike if crosses(p[0], p[1])]
-        names = [f"{a} = {b}" for a, b, _ in over + [p for p in e.alike if p not in over]]
-        across = f", {len(over)} of them in two splits" if over else ""
-        out.append(Worry("stop" if over else "look", f"{len(e.alike)} pair{'s' * (len(e.alike) > 1)} of tiles show{'s' * (len(e.alike) == 1)} the same picture with other pixels{across}: "
-                         f"{_names(names)}. They may be copies that were compressed again: keep one of each.", tuple(dict.fromkeys(n for p in e.alike for n in p[:2])), 1))
-    loose = [(a, b) for a, b in e.joined if scene.get(a) != scene.get(b)]
+        said = _pairs_said(e.alike, across(e.alike), "show{s} the same picture with other pixels", "=")
+        said += " They may be copies that were compressed again: keep one of each."
+        out.append(Worry("stop" if across(e.alike) else "look", said, tiles(e.alike), 1))
     if loose:
-        over = [p for p in loose if crosses(*p)]
-        across = f", {len(over)} of them across the split" if over else ""
-        out.append(Worry("stop" if over else "look", f"{len(loose)} pair{'s' * (len(loose) > 1)} of tiles without a place continue each other at their borders{across}: "
-                         f"{_names([f'{a} - {b}' for a, b in over + loose])}. They are cut from one picture: give them one scene before you split.",
-                         tuple(dict.fromkeys(n for p in loose for n in p)), .9))
+        said = _pairs_said(loose, across(loose), "without a place continue{s} each other at their borders", "-")
+        said += " They are cut from one picture: give them one scene before you split."
+        out.append(Worry("stop" if across(loose) else "look", said, tiles(loose), .9))
     if e.touching:
-        out.append(Worry("look", f"{len(e.touching)} pair{'s' * (len(e.touching) > 1)} of tiles of two splits touch: {_names([f'{a} - {b}' for a, b in e.touching])}. "
-                         "A model sees beyond the border of a tile: leave a buffer (aerial_nb.data.blocks.split_by_block).",
-                         tuple(dict.fromkeys(n for p in e.touching for n in p)), .5))
+        said = _pairs_said(e.touching, [], "of two splits touch{s}", "-")
+        said += " A model sees beyond the border of a tile: leave a buffer (aerial_nb.data.blocks.split_by_block)."
+        out.append(Worry("look", said, tiles(e.touching), .5))
     return out
 
 # %% ../../nbs/data/worries.ipynb #2133db2b
 def of_classes(e: Evidence) -> list[Worry]:
     "Imbalance, empty tiles, rare classes, splits that differ."
-    t = e.table
-    if "positive_share" not in t or not t["positive_share"].notna().any(): return []
-    out, known = [], t[t["positive_share"].notna()]
-    area = known["rows"] * known["cols"] * known["valid_share"] * (1 - known["ignored_share"])
-    share = float((known["positive_share"] * area).sum() / max(area.sum(), 1))
-    empty = known[known["positive_share"] == 0]
-    if share == 0: return [Worry("stop", f"No label pixel in any of {len(known)} tiles: there is nothing to learn.", (), 3)]
+    if "positive_share" not in e.table or not e.table["positive_share"].notna().any(): return []
+    t = e.table[e.table["positive_share"].notna()]
+    area = t["rows"] * t["cols"] * t["valid_share"] * (1 - t["ignored_share"])
+    share = float((t["positive_share"] * area).sum() / max(area.sum(), 1))
+    if share == 0: return [Worry("stop", f"No label pixel in any of {len(t)} tiles: there is nothing to learn.", (), 3)]
+    out, empty, full = [], t[t["positive_share"] == 0], t[t["positive_share"] > .9]
     if share < .1:
-        out.append(Worry("look" if share < .01 else "know", f"{_percent(share)} of the pixels carry a label, the others are background (median tile {_percent(known['positive_share'].median())}): "
-                         f"a model that finds nothing is right in {100 * (1 - share):.1f} % of all pixels. Judge by IoU or F1, and weigh the loss.", (), 1 - share))
+        said = (f"{_percent(share)} of the pixels carry a label, the others are background (median tile "
+                f"{_percent(t['positive_share'].median())}): a model that finds nothing is right in "
+                f"{100 * (1 - share):.1f} % of all pixels. Judge by IoU or F1, and weigh the loss.")
+        out.append(Worry("look" if share < .01 else "know", said, (), 1 - share))
     if len(empty):
-        most = len(empty) / len(known)
-        out.append(Worry("look" if most > .5 else "know", f"{_many(len(empty), len(known)).capitalize()} ({_percent(most)}) {'holds' if len(empty) == 1 else 'hold'} no label: "
-                         f"{_names(empty['name'])}. Say how a score counts them, and draw crops by density.", tuple(empty["name"]), most))
-    full = known[known["positive_share"] > .9]
-    if len(full): out.append(Worry("look", f"{_many(len(full), len(known)).capitalize()} {'is' if len(full) == 1 else 'are'} labelled nearly throughout ({_names(full['name'])}): "
-                                   "is the mask inverted, or its meaning another?", tuple(full["name"]), len(full) / len(known)))
-    counts = pd.DataFrame(list(known["classes"])).sum()
+        most = len(empty) / len(t)
+        hold = "holds" if len(empty) == 1 else "hold"
+        said = (f"{_many(len(empty), len(t)).capitalize()} ({_percent(most)}) {hold} no label: "
+                f"{_names(empty['name'])}. Say how a score counts them, and draw crops by density.")
+        out.append(Worry("look" if most > .5 else "know", said, tuple(empty["name"]), most))
+    if len(full):
+        said = (f"{_being(len(full), len(t))} labelled nearly throughout ({_names(full['name'])}): is the mask "
+                "inverted, or its meaning another?")
+        out.append(Worry("look", said, tuple(full["name"]), len(full) / len(t)))
+    return out + _rare(t) + _drift(t)
+
+def _rare(t: pd.DataFrame) -> list[Worry]:
+    "Classes with less than half a percent of the pixels, where there are several."
+    counts = pd.DataFrame(list(t["classes"])).sum()
     rare = {int(k): v / counts.sum() for k, v in counts.items() if k > 0 and v / counts.sum() < .005}
-    if len(counts) > 2 and rare:
-        out.append(Worry("know", "Rare classes: " + ", ".join(f"{k} with {_percent(v)}" for k, v in sorted(rare.items())) + " of the pixels.", (), .2))
-    return out + _drift(known)
+    if len(counts) < 3 or not rare: return []
+    listed = ", ".join(f"{k} with {_percent(v)}" for k, v in sorted(rare.items()))
+    return [Worry("know", f"Rare classes: {listed} of the pixels.", (), .2)]
 
 def _drift(t: pd.DataFrame) -> list[Worry]:
     "Train and test that differ in their share of labels."
@@ -231,8 +268,9 @@ def _drift(t: pd.DataFrame) -> list[Worry]:
     if not {"train", "test"} <= set(share.index) or not share.get("train"): return []
     ratio = share["test"] / share["train"]
     if .5 <= ratio <= 2: return []
-    return [Worry("look", f"Test tiles hold {_percent(share['test'])} label pixels, training tiles {_percent(share['train'])}: scores on one say little "
-                  "about the other, and a threshold may not carry over.", (), abs(np.log(max(ratio, 1e-3))))]
+    said = (f"Test tiles hold {_percent(share['test'])} label pixels, training tiles {_percent(share['train'])}: "
+            "scores on one say little about the other, and a threshold may not carry over.")
+    return [Worry("look", said, (), abs(np.log(max(ratio, 1e-3))))]
 
 # %% ../../nbs/data/worries.ipynb #2c26087e
 def of_objects(e: Evidence) -> list[Worry]:
@@ -241,68 +279,91 @@ def of_objects(e: Evidence) -> list[Worry]:
     median, tiny = float(np.median(e.sizes)), float((e.sizes < 36).mean())
     if median >= 64 and tiny <= .2: return []
     each = np.median(e.sizes_m2 / e.sizes) if len(e.sizes_m2) == len(e.sizes) else np.nan
-    metres = lambda px: f" ({number(px * each)} m²)" if np.isfinite(each) else ""
-    lead = (f"half of {len(e.sizes):,} are under {median:.0f} px{metres(median)}" if median < 64 else f"{_percent(tiny)} of {len(e.sizes):,} are under 36 px{metres(36)}")
-    return [Worry("look" if median < 64 else "know", f"Objects are small: {lead}. Networks that halve their input five times lose such; enlarge the images "
-                  "two or three times, or use a head at full resolution.", (), tiny)]
+    size = lambda px: f"{px:.0f} px" + (f" ({number(px * each)} m²)" if np.isfinite(each) else "")
+    lead = "half" if median < 64 else _percent(tiny)
+    said = (f"Objects are small: {lead} of {len(e.sizes):,} are under {size(median if median < 64 else 36)}. Networks "
+            "that halve their input five times lose such; enlarge the images two or three times, or use a head at full "
+            "resolution.")
+    return [Worry("look" if median < 64 else "know", said, (), tiny)]
 
 def of_scenes(e: Evidence) -> list[Worry]:
     "Too few scenes to split, or to trust a score."
-    scenes, n = e.samples["scene"].astype(str), len(e.samples)
-    out, split = [], e.samples["split"].map(lambda s: s if isinstance(s, str) else "")
-    if scenes.nunique() < 3: out.append(Worry("look", f"{n} tiles form {scenes.nunique()} scene{'s' * (scenes.nunique() > 1)}: there is nothing to split by. Divide the ground "
-                                              "with split_by_block, or add places.", (), 1))
-    elif scenes.value_counts().iloc[0] > .5 * n and n > 5:
-        out.append(Worry("know", f"One scene, {scenes.value_counts().index[0]}, holds {scenes.value_counts().iloc[0]} of {n} tiles: splits will be uneven.", (), .3))
-    tested = scenes[split == "test"].nunique()
+    scenes, n, out = e.samples["scene"].astype(str), len(e.samples), []
+    split = e.samples["split"].map(lambda s: s if isinstance(s, str) else "")
+    some, tested = scenes.value_counts(), scenes[split == "test"].nunique()
+    if len(some) < 3:
+        said = (f"{n} tiles form {len(some)} scene{'s' * (len(some) > 1)}: there is nothing to split by. Divide the "
+                "ground with split_by_block, or add places.")
+        out.append(Worry("look", said, (), 1))
+    elif some.iloc[0] > .5 * n and n > 5:
+        said = f"One scene, {some.index[0]}, holds {some.iloc[0]} of {n} tiles: splits will be uneven."
+        out.append(Worry("know", said, (), .3))
     if (split == "test").any() and tested < 5:
-        out.append(Worry("look", f"The test has {tested} scene{'s' * (tested != 1)}: intervals over scenes will be wide, and small differences between models cannot "
-                         "be told. Use k_folds, or more scenes.", (), .4))
-    if (split == "").all(): out.append(Worry("know", f"There is no split yet; {scenes.nunique()} scenes of {n} tiles can be divided (ensure_split).", (), .1))
+        said = (f"The test has {tested} scene{'s' * (tested != 1)}: intervals over scenes will be wide, and small "
+                "differences between models cannot be told. Use k_folds, or more scenes.")
+        out.append(Worry("look", said, (), .4))
+    if (split == "").all():
+        said = f"There is no split yet; {len(some)} scenes of {n} tiles can be divided (ensure_split)."
+        out.append(Worry("know", said, (), .1))
     return out
 
 # %% ../../nbs/data/worries.ipynb #3defceba
 def of_pixels(e: Evidence) -> list[Worry]:
     "Resolution, size, type, exposure."
-    t, out = e.table, []
-    gsd = t["gsd_m"].astype(float)
-    if gsd.notna().any() and gsd.max() > 1.05 * gsd.min():
-        level = "look" if gsd.max() > 1.5 * gsd.min() else "know"
-        out.append(Worry(level, f"Pixels measure {gsd.min():.3g} to {gsd.max():.3g} m: the same road is up to {gsd.max() / gsd.min():.1f} times as wide in one tile "
-                         "as in another. Resample to one size.", (), .6))
-    if (unknown := int(gsd.isna().sum())): out.append(Worry("know", f"The size of a pixel is not known for {_many(unknown, len(t))}: widths and areas in metres cannot be given (gsd_m=).", (), .3))
-    crs = t["crs"][t["crs"] != ""].value_counts()
-    if len(crs) > 1: out.append(Worry("know", f"{len(crs)} coordinate systems: " + ", ".join(f"{k} ({v})" for k, v in crs.head(4).items()) + ".", (), .2))
-    shapes = t.groupby(["rows", "cols"]).size().sort_values(ascending=False)
-    if len(shapes) > 1:
-        out.append(Worry("know", f"{len(shapes)} sizes of tiles, from {t['rows'].min()} x {t['cols'].min()} to {t['rows'].max()} x {t['cols'].max()} pixels: "
-                         "batches need crops of one size.", (), .2))
-    deep = t[t["dtype"] != "uint8"]
-    if len(deep): out.append(Worry("know", f"{_many(len(deep), len(t)).capitalize()} {'is' if len(deep) == 1 else 'are'} {_names(sorted(set(deep['dtype'])))}: normalise with statistics of "
-                                   "the data set, never tile by tile.", tuple(deep["name"]), .25))
-    if len(t) and t["lossy"].mean() > .5: out.append(Worry("know", "Images are stored with loss (JPEG): colours are not exact, fill colours least of all.", (), .05))
-    return out + _exposure(t)
+    t, out, gsd = e.table, [], e.table["gsd_m"].astype(float)
+    crs, shapes = t["crs"][t["crs"] != ""].value_counts(), t.groupby(["rows", "cols"]).ngroups
+    deep, unknown = t[t["dtype"] != "uint8"], int(gsd.isna().sum())
+    if gsd.notna().any() and (ratio := gsd.max() / gsd.min()) > 1.05:
+        said = (f"Pixels measure {gsd.min():.3g} to {gsd.max():.3g} m: the same road is up to {ratio:.1f} times as "
+                "wide in one tile as in another. Resample to one size.")
+        out.append(Worry("look" if ratio > 1.5 else "know", said, (), .6))
+    if unknown:
+        said = (f"The size of a pixel is not known for {_many(unknown, len(t))}: widths and areas in metres cannot be "
+                "given (gsd_m=).")
+        out.append(Worry("know", said, (), .3))
+    if len(crs) > 1:
+        listed = ", ".join(f"{k} ({v})" for k, v in crs.head(4).items())
+        out.append(Worry("know", f"{len(crs)} coordinate systems: {listed}.", (), .2))
+    if shapes > 1:
+        said = (f"{shapes} sizes of tiles, from {t['rows'].min()} x {t['cols'].min()} to {t['rows'].max()} x "
+                f"{t['cols'].max()} pixels: batches need crops of one size.")
+        out.append(Worry("know", said, (), .2))
+    if len(deep):
+        said = (f"{_being(len(deep), len(t))} {_names(sorted(set(deep['dtype'])))}: normalise with statistics of the "
+                "data set, never tile by tile.")
+        out.append(Worry("know", said, tuple(deep["name"]), .25))
+    if t["lossy"].mean() > .5:
+        said = "Images are stored with loss (JPEG): colours are not exact, fill colours least of all."
+        out.append(Worry("know", said, (), .05))
+    return out
 
-def _exposure(t: pd.DataFrame) -> list[Worry]:
+def of_exposure(e: Evidence) -> list[Worry]:
     "Burnt out, dark, foggy and odd tiles."
-    out = []
-    for column, text in (("white_share", "burnt out: a band is at its highest value in"), ("black_share", "drowned in black: a band is at 0 in")):
+    t, out = e.table, []
+    for column, text in (("white_share", "burnt out: a band is at its highest value"),
+                         ("black_share", "drowned in black: a band is at 0")):
         bad = t[t[column] > .1].sort_values(column, ascending=False)
-        if len(bad): out.append(Worry("look", f"{_many(len(bad), len(t)).capitalize()} {'is' if len(bad) == 1 else 'are'} {text} up to {_percent(bad[column].iloc[0])} of the pixels "
-                                      f"({_names(bad['name'])}). What is labelled there cannot be seen.", tuple(bad["name"]), len(bad) / len(t) * .5))
+        if not len(bad): continue
+        said = (f"{_being(len(bad), len(t))} {text} in up to {_percent(bad[column].iloc[0])} of the pixels "
+                f"({_names(bad['name'])}). What is labelled there cannot be seen.")
+        out.append(Worry("look", said, tuple(bad["name"]), len(bad) / len(t) * .5))
     flat = t[t["contrast"] < .25 * t["contrast"].median()]
-    if len(flat): out.append(Worry("look", f"{_many(len(flat), len(t)).capitalize()} {'has' if len(flat) == 1 else 'have'} hardly any contrast, a quarter of the usual or less "
-                                   f"({_names(flat['name'])}): water, fog or haze.", tuple(flat["name"]), len(flat) / len(t) * .5))
-    means = t.filter(regex=r"^mean_\d+$").mean(axis=1)
-    spread = 1.4826 * (means - means.median()).abs().median()
-    odd = t[((means - means.median()).abs() > 5 * spread) & (spread > 0)] if len(t) >= 10 else t[:0]
-    if len(odd): out.append(Worry("know", f"{_many(len(odd), len(t)).capitalize()} {'is' if len(odd) == 1 else 'are'} much brighter or darker than the others ({_names(odd['name'])}).",
-                                  tuple(odd["name"]), len(odd) / len(t) * .3))
+    if len(flat):
+        said = (f"{_many(len(flat), len(t)).capitalize()} {'has' if len(flat) == 1 else 'have'} hardly any contrast, a "
+                f"quarter of the usual or less ({_names(flat['name'])}): water, fog or haze.")
+        out.append(Worry("look", said, tuple(flat["name"]), len(flat) / len(t) * .5))
+    light = t.filter(regex=r"^mean_\d+$").mean(axis=1)
+    spread = 1.4826 * (light - light.median()).abs().median()
+    odd = t[(light - light.median()).abs() > 5 * spread] if len(t) >= 10 and spread > 0 else t[:0]
+    if len(odd):
+        said = f"{_being(len(odd), len(t))} much brighter or darker than the others ({_names(odd['name'])})."
+        out.append(Worry("know", said, tuple(odd["name"]), len(odd) / len(t) * .3))
     return out
 
 # %% ../../nbs/data/worries.ipynb #58828328
+_MEASURED = of_blank, of_shift, of_kinship, of_classes, of_objects, of_pixels, of_exposure
+
 def worry(e: Evidence) -> list[Worry]:
     "Everything to worry about, the worst first."
-    found = of_faults(e) + of_notes(e) + of_scenes(e)
-    if len(e.table): found += of_blank(e) + of_shift(e) + of_kinship(e) + of_classes(e) + of_objects(e) + of_pixels(e)
-    return ordered(found)
+    kinds = (of_faults, of_notes, of_scenes, *(_MEASURED if len(e.table) else ()))
+    return ordered([w for of in kinds for w in of(e)])
