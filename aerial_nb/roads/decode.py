@@ -256,7 +256,7 @@ def _decode_published(tensor, thr, edge_thr, snap_px, weight) -> RoadGraph:
     return _graph(pairs, score, np.concatenate([points, ends]))[0]
 
 # %% ../../nbs/roads/decode.ipynb #7e83dc9b
-_ONE_BLOCK = float(_blur(np.pad(np.ones((3, 3)), 6), _weights(1)).max()) # what blurring leaves of one sure vertex
+_ONE_BLOCK = (_weights(1)[0] + 2 * _weights(1)[1]) ** 2     # what blurring leaves of one sure vertex
 SHORTEST_PX = 1.5   # no vertex has a neighbour nearer than this: vectors of missing edges are zero, up to noise
 SURE = .5           # an edge is sure that has half the probability of the best tenth of the tile
 

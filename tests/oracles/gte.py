@@ -217,6 +217,9 @@ def decode_plain(tensor, thr=.05, edge_thr=.05, weight=100., snap=15., refine=Tr
     return shave_plain(near, spur)
 
 
+def apart(p, q): return float(np.hypot(p[0] - q[0], p[1] - q[1]))   # rounds as numpy does: equal samples tie alike
+
+
 def crossings_plain(near):
     "Pairs of edges that cross and share no vertex, from either side, with the sample of the first nearest to the crossing."
     edges, known = [], set()
@@ -229,13 +232,14 @@ def crossings_plain(near):
     found = []
     for a, b in edges:
         for c, d in edges:
-            if {a, b} & {c, d}: continue
+            if {a, b} & {c, d} or any(max(a[i], b[i]) < min(c[i], d[i]) or max(c[i], d[i]) < min(a[i], b[i])
+                                      for i in (0, 1)): continue
             if left(a, c, d) == left(b, c, d) or left(a, b, c) == left(a, b, d): continue
-            size, best, at = math.dist(a, b), math.inf, a
+            size, best, at = apart(a, b), math.inf, a
             for i in range(int(size)):
                 t = i / size
                 x = a[0] * (1 - t) + b[0] * t, a[1] * (1 - t) + b[1] * t
-                far = math.dist(x, c) + math.dist(x, d)
+                far = apart(x, c) + apart(x, d)
                 if far < best: best, at = far, x
             found.append(((a, b), (c, d), at))
     return found
@@ -245,7 +249,7 @@ def pushes_plain(found, clear=9.5):
     push = {}
     for (a, b), (c, d), at in found:
         for p, q in ((a, b), (b, a), (c, d), (d, c)):
-            far, size = math.dist(at, p), math.dist(p, q)
+            far, size = apart(at, p), apart(p, q)
             if far < clear:
                 weight = (clear - far) / clear
                 push.setdefault(p, []).append(((p[0] - q[0]) / size * weight, (p[1] - q[1]) / size * weight))
@@ -264,19 +268,19 @@ def separate_plain(near, rounds=40, clear=9.5):
         push, moved = pushes_plain(crossings_plain(near), clear), 0
         if turn % 5 == 0 and turn:
             for p, vectors in push.items():
-                gap = sum((1 - math.hypot(*v)) * clear for v in vectors[:4]) / 2
+                gap = sum((1 - apart(v, (0, 0))) * clear for v in vectors[:4]) / 2
                 if len(vectors) < 4 or gap >= 12 or len(near[p]) != 2: continue
                 q, r = near.pop(p)
                 near[q] = [r if s == p else s for s in near[q]]
                 near[r] = [q if s == p else s for s in near[r]]
                 for s in (q, r):
                     if s in push: continue
-                    size = math.dist(p, s)
+                    size = apart(p, s)
                     rename(near, s, (s[0] + (p[0] - s[0]) / size * 5, s[1] + (p[1] - s[1]) / size * 5))
             continue
         for p, vectors in push.items():
             x, y = sum(v[0] for v in vectors), sum(v[1] for v in vectors)
-            size = math.hypot(x, y)
+            size = apart((x, y), (0, 0))
             if size == 0: continue
             if size > 1: x, y = x / size, y / size
             for step in (1.5, 1.):
