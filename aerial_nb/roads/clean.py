@@ -329,14 +329,12 @@ def folium_layer(
     weight: float = 3.,     # line width in screen pixels
 ): # folium.FeatureGroup: add it to a folium.Map; raises ValueError in bare pixels
     "The roads as a layer of a web map, with their lengths in metres."
-    from pyproj import Transformer
     import folium
     import geopandas as gpd
     import shapely
-    chains, graph = self.chains(), self.to_map()
-    lon, lat = Transformer.from_crs(graph.crs, "EPSG:4326", always_xy=True).transform(*graph.nodes.T)
+    chains, degrees = self.chains(), self.to_crs("EPSG:4326").nodes
     of = np.repeat(np.arange(len(chains)), np.diff(chains.offsets))
-    lines = shapely.linestrings(np.stack([lon, lat], 1)[chains.nodes], indices=of) if len(chains) else []
+    lines = shapely.linestrings(degrees[chains.nodes], indices=of) if len(chains) else []
     table = gpd.GeoDataFrame({"metres": chains.total(self.lengths_m).round(1)}, geometry=lines, crs="EPSG:4326")
     layer = folium.FeatureGroup(name)
     if len(table): folium.GeoJson(table, style_function=lambda _: dict(color=color, weight=weight),

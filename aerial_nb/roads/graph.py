@@ -93,6 +93,18 @@ def to_pixels(
         raise ValueError("this graph is in bare pixels: it cannot be carried to an image on the map")
     return replace(self, nodes=_apply(~transform, self.to_map().nodes), transform=transform)
 
+@patch
+def to_crs(
+    self: RoadGraph,
+    crs, # anything pyproj reads
+) -> RoadGraph: # in map coordinates; raises ValueError in bare pixels
+    "The same graph in another coordinate reference system; edges stay what they are."
+    from pyproj import CRS, Transformer
+    graph, goal = self.to_map(), CRS.from_user_input(crs)
+    if CRS.from_user_input(graph.crs) == goal: return graph
+    x, y = Transformer.from_crs(graph.crs, goal, always_xy=True).transform(*graph.nodes.T)
+    return RoadGraph(np.stack([x, y], 1), graph.edges, crs if isinstance(crs, str) else goal.to_string())
+
 # %% ../../nbs/roads/graph.ipynb #295cf172
 def _degrees(graph: RoadGraph, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # lon, lat
     "Map points of a graph's crs in degrees."

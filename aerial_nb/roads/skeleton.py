@@ -45,13 +45,14 @@ def _forest(n, order, first, last):
     for i in range(n): parent[i] = _find(parent, i)
     return taken, parent
 
-def _crossings(graph: RoadGraph, road: np.ndarray) -> RoadGraph:
-    "Junctions within each other's discs become one."
+def _crossings(graph: RoadGraph, road: np.ndarray, reach: float = 1.5) -> RoadGraph:
+    "Junctions become one when they lie no farther apart than `reach` times the radius of a disc there."
     chains, degree = graph.chains(), graph.degrees
     a, b, size = chains.first, chains.last, chains.total(graph.lengths)
     near = np.flatnonzero((degree[a] > 2) & (degree[b] > 2) & (a != b))
     wide = np.maximum(*(_half_widths(road, graph.nodes[end[near]]) for end in (a, b)))
-    near = near[size[near] <= 1.5 * wide]
+    apart = np.hypot(*(graph.nodes[a[near]] - graph.nodes[b[near]]).T)
+    near = near[(apart <= reach * wide) & (size[near] <= 3 * wide)]
     order = np.argsort(size[near], kind="stable")
     if not len(near): return graph
     taken, group = _forest(len(graph.nodes), order, a[near], b[near])
@@ -82,26 +83,34 @@ def _approach(xy, path, wide, end):
     far = np.searchsorted(along, skip + max(6., (2. if end else 1.5) * size))
     if far == len(path) or along[far] > .6 * total:
         if not end or total < 2 * size: return 0, 0, size
-        far = len(path) - 1     # a short road takes its direction from its other end
-    near = np.searchsorted(along, min(skip, .5 * total))
+        far = len(path) - 1     # a short road: all of it that is not in the junction
+        while far > 1 and along[far] > max(.7 * total, total - wide[path[-1]]): far -= 1
+    near = np.searchsorted(along, min(skip, .4 * total))
     return near, far, wide[path[near]] if end else size
+
+@njit(cache=True)
+def _march(road, x, y, dx, dy, most):
+    "How far a mask goes on from x, y in direction dx, dy, up to `most`; and whether the image ends there."
+    h, w = road.shape
+    t, step = 0., .25
+    while t < most:
+        c, r = x + dx * (t + step), y + dy * (t + step)
+        if not (0 <= c < w and 0 <= r < h): return t, True
+        if not road[int(r), int(c)]: break
+        t += step
+    return t, False
 
 @njit(cache=True)
 def _tip(road, x, y, dx, dy, size):
     "Where a road of half width `size` ends that runs from x, y in direction dx, dy; negative when it does not."
-    h, w = road.shape
-    t, step = 0., .25
-    while t < 4 * size + 4:
-        c, r = x + dx * (t + step), y + dy * (t + step)
-        if not (0 <= c < w and 0 <= r < h): return t
-        if not road[int(r), int(c)]: break
-        t += step
-    else: return -1.
-    near = max(0., t - 1.)
-    for side in (-.65 * size, .65 * size):
-        c, r = x + dx * near - dy * side, y + dy * near + dx * side
-        if not (0 <= c < w and 0 <= r < h) or not road[int(r), int(c)]: return max(0., t - size)
-    return t
+    most = 4 * size + 4
+    t, border = _march(road, x, y, dx, dy, most)
+    if t >= most: return -1.
+    side, back = .8 * size, min(t, 1.5 * size)     # so far out, a round end falls back by 0.4 of the half width
+    x, y = x + (t - back) * dx, y + (t - back) * dy
+    one, two = _march(road, x - dy * side, y + dx * side, dx, dy, most), _march(road, x + dy * side, y - dx * side, dx, dy, most)
+    fall = back - (one[0] + two[0]) / 2
+    return t if border else max(0., t - size * min(1., max(0., fall / size - .05) / .3))
 
 @njit(cache=True)
 def _settled(road, xy, nodes, offsets, degree, wide):
@@ -226,7 +235,7 @@ def skeleton_graph(
     graph = RoadGraph(graph.nodes, graph.edges, crs, transform)
     if gap_m > 0: graph = join_gaps(graph, gap_m, gsd_m=gsd_m)
     if max(spur_m, part_m) > 0: graph = graph.prune(spur_m, part_m, gsd_m)
-    return _simplified(graph, graph.nodes, 1.)
+    return _simplified(graph, graph.nodes, 1.).tidy()
 
 def _shaped(graph: RoadGraph, road: np.ndarray) -> RoadGraph:
     "A traced skeleton with one node per crossing, without stubs, straight, and with few nodes."
@@ -234,8 +243,8 @@ def _shaped(graph: RoadGraph, road: np.ndarray) -> RoadGraph:
     limit, joints = np.zeros(len(graph.nodes)), np.flatnonzero(graph.degrees > 2)
     limit[joints] = 1.5 * _half_widths(road, graph.nodes[joints]) + 1
     graph = replace(graph, edges=graph.edges[_without_spurs(graph, graph.lengths, limit)])
-    graph = _straightened(graph, road)
-    return _simplified(graph, graph.nodes, 1.).tidy()
+    graph = _crossings(_straightened(graph, road), road, reach=1.)
+    return _simplified(graph, graph.nodes, 1.)
 
 # %% ../../nbs/roads/skeleton.ipynb #504a3625
 @njit(cache=True)

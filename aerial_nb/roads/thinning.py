@@ -31,10 +31,11 @@ def road_pixels(
     if mask.dtype == bool: return np.ascontiguousarray(mask)
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold is a probability between 0 and 1, got {threshold}; for bytes too, 128 is 0.5")
+    if mask.dtype.kind not in "iuf": raise ValueError(f"a mask holds numbers, found {mask.dtype}")
     if mask.dtype != np.uint8:
-        low, high = np.nanmin(mask), np.nanmax(mask)
+        low, high = np.fmin.reduce(mask, axis=None), np.fmax.reduce(mask, axis=None)
         if mask.dtype.kind == "f": return _road_of_probs(mask, low, high, threshold)
-        if mask.dtype.kind not in "iu" or low < 0 or high > 255:
+        if low < 0 or high > 255:
             raise ValueError(f"a mask holds 0 and 1, or 0 and 255; found {mask.dtype} from {low} to {high}")
     mask = np.ascontiguousarray(mask, dtype=np.uint8)
     found = np.flatnonzero(_histogram(mask))
