@@ -75,9 +75,10 @@ def _figures(run: RunFolder, wanted: list[str]) -> list[Path]:
 
 def _write_record(run: RunFolder, folder: Path, figures: list[Path], dirty: bool, root: Path):
     "The record of a run, in a new folder."
-    for name in ("params.json", "env.json", "metrics.json"):
+    for name in ("params.json", "env.json", "metrics.json", "test_read.json"):
+        if name == "test_read.json" and not (run.path / name).is_file(): continue     # only runs with a test set have read one
         write_json(folder / name, without_paths(json.loads((run.path / name).read_text(encoding="utf-8")), root))
-    for file in [*run.path.glob("history.csv"), *run.path.glob("arms/*/history.csv")]:
+    for file in [*run.path.glob("*.csv"), *run.path.glob("arms/*/history.csv")]:
         write_text(folder / file.relative_to(run.path), _clean_history(file, root))
     if figures: (folder / "figures").mkdir()
     for file in figures: shutil.copyfile(file, folder / "figures" / file.name)
