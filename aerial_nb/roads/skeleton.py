@@ -100,6 +100,7 @@ def _march(road, x, y, dx, dy, most):
         t += step
     return t, False
 
+# %% ../../nbs/roads/skeleton.ipynb #56885230
 @njit(cache=True)
 def _tip(road, x, y, dx, dy, size):
     "Where a road of half width `size` ends that runs from x, y in direction dx, dy; negative when it does not."
