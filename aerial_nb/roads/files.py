@@ -14,10 +14,9 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..data.raster import DataError
-from .graph import RoadGraph
+from .gaps import RoadGraph   # with all its methods
 
 # %% ../../nbs/roads/files.ipynb #0cbb3af4
 logger = logging.getLogger(__name__)
@@ -143,7 +142,7 @@ def _place(path: Path, own, crs):
     return said
 
 # %% ../../nbs/roads/files.ipynb #f77216fc
-def _from_table(path: Path, crs=None, transform=None, layer=None, snap: float = 0.) -> RoadGraph:
+def _from_table(path: Path, crs=None, layer=None, snap: float = 0.) -> RoadGraph:
     "A graph from the lines of a GIS file."
     import shapely
     table = _table(path, layer)
@@ -152,9 +151,9 @@ def _from_table(path: Path, crs=None, transform=None, layer=None, snap: float = 
     empty = shapely.is_missing(geoms) | shapely.is_empty(geoms)
     if empty.any(): logger.warning("%s: %d of %d features have no geometry and are left out",
                                    path.name, empty.sum(), len(geoms))
-    return _from_geoms(geoms[~empty], path, place, transform, snap)
+    return _from_geoms(geoms[~empty], path, place, snap)
 
-def _from_geoms(geoms, path: Path, crs, transform, snap: float) -> RoadGraph:
+def _from_geoms(geoms, path: Path, crs, snap: float) -> RoadGraph:
     "A graph from shapely lines, with the faults of the file named."
     import shapely
     at, which = shapely.get_coordinates(geoms, return_index=True)
@@ -168,7 +167,7 @@ def _from_geoms(geoms, path: Path, crs, transform, snap: float) -> RoadGraph:
                         "say crs='pixels' for pixels of an image, or write the file with the CRS it is in")
     if not len(geoms): logger.warning("%s: no lines, so the graph is empty", path.name)
     place = None if crs is None else crs.to_string()
-    try: return RoadGraph.from_lines(geoms, place, transform, snap)
+    try: return RoadGraph.from_lines(geoms, place, None, snap)
     except ValueError as error: raise DataError(f"{path}: {error}") from error
 
 # %% ../../nbs/roads/files.ipynb #b4bc2053
@@ -202,14 +201,14 @@ def read_graphs(
     "All the graphs of a table that holds several images; raises DataError."
     path = _found(path)
     names, geoms, place = _wkt_rows(path, crs)
-    return {str(name): _from_geoms(geoms[names == name], path, place, None, snap) for name in dict.fromkeys(names)}
+    return {str(name): _from_geoms(geoms[names == name], path, place, snap) for name in dict.fromkeys(names)}
 
 def _found(path) -> Path:
     path = Path(path)
     if not path.exists(): raise DataError(f"{path}: no such file; check the path")
     return path
 
-def _from_csv(path: Path, crs, transform, image, snap: float) -> RoadGraph:
+def _from_csv(path: Path, crs, image, snap: float) -> RoadGraph:
     "The graph of one image of a table."
     names, geoms, place = _wkt_rows(path, crs)
     known = list(dict.fromkeys(names))
@@ -219,7 +218,7 @@ def _from_csv(path: Path, crs, transform, image, snap: float) -> RoadGraph:
     if image is not None and image not in known:
         raise DataError(f"{path}: no image {image!r} among its {len(known)}: {', '.join(known[:4])}, ...")
     chosen = geoms if image is None else geoms[names == image]
-    return _from_geoms(chosen, path, place, transform, snap)
+    return _from_geoms(chosen, path, place, snap)
 
 # %% ../../nbs/roads/files.ipynb #89270de1
 def read_graph(
@@ -242,8 +241,8 @@ def read_graph(
             raise DataError(f"{path}: a pickle holds pixels; give the transform of their image along with crs={crs!r}")
         graph = _from_sat2graph(_unpickle(path), path, published)
     elif kind == ".npz": return _from_npz(path)
-    elif kind == ".csv": graph = _from_csv(path, place, None, image, snap)
-    elif kind in _GIS: graph = _from_table(path, place, None, layer, snap)
+    elif kind == ".csv": graph = _from_csv(path, place, image, snap)
+    elif kind in _GIS: graph = _from_table(path, place, layer, snap)
     else: raise DataError(f"{path}: no reader for {kind or 'a file without ending'}; roads are read from "
                           f"{' '.join(_GIS)} .csv .p .pickle .pkl .npz")
     return graph if transform is None else RoadGraph(graph.nodes, graph.edges, crs, transform)
@@ -253,19 +252,6 @@ def _from_npz(path: Path) -> RoadGraph:
     try: return RoadGraph.load(path)
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: {error}; write it again with graph.save(...)") from error
-
-# %% ../../nbs/roads/files.ipynb #4d23e190
-@patch
-def to_crs(
-    self: RoadGraph,
-    crs, # anything pyproj reads
-) -> RoadGraph: # in map coordinates; raises ValueError in bare pixels
-    "The same graph in another coordinate reference system."
-    from pyproj import CRS, Transformer
-    graph, goal = self.to_map(), CRS.from_user_input(crs)
-    if CRS.from_user_input(graph.crs) == goal: return graph
-    x, y = Transformer.from_crs(graph.crs, goal, always_xy=True).transform(*graph.nodes.T)
-    return RoadGraph(np.stack([x, y], 1), graph.edges, crs if isinstance(crs, str) else goal.to_string())
 
 # %% ../../nbs/roads/files.ipynb #26a11465
 def _lines(graph: RoadGraph, path: Path, merge: bool):
