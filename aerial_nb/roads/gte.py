@@ -132,14 +132,14 @@ def _road(graph: RoadGraph, shape, window, out: np.ndarray):
     low, high = np.floor(ends.min(1)), np.floor(ends.max(1))
     lines = np.trunc(ends[((high >= (col - 2, row - 2)) & (low <= (col + width + 2, row + height + 2))).all(1)])
     if not len(lines): return
-    corner = np.maximum(np.minimum(lines.min((0, 1)) - 2, (col, row)), 0).astype(int)
-    far = np.minimum(np.maximum(lines.max((0, 1)) + 3, (col + width, row + height)), shape[::-1]).astype(int)
-    if (far <= corner).any(): return
+    (top, left), (bottom, right) = np.maximum((row, col), 0), np.minimum((row + height, col + width), shape)
+    if bottom <= top or right <= left: return
+    corner = np.maximum(np.minimum(lines.min((0, 1)) - 2, (left, top)), 0).astype(int)
+    far = np.minimum(np.maximum(lines.max((0, 1)) + 3, (right, bottom)), shape[::-1]).astype(int)
     picture = np.zeros((far - corner)[::-1], np.uint8)
     cv2.polylines(picture, list((lines - corner).astype(np.int32)), False, 1, 2)
-    top, left = max(row, 0), max(col, 0)
-    part = picture[top - corner[1]:row + height - corner[1], left - corner[0]:col + width - corner[0]]
-    out[top - row:top - row + part.shape[0], left - col:left - col + part.shape[1]] = part
+    part = picture[top - corner[1]:bottom - corner[1], left - corner[0]:right - corner[0]]
+    out[top - row:bottom - row, left - col:right - col] = part
 
 # %% ../../nbs/roads/gte.ipynb #092a0611
 def encode(

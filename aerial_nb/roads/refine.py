@@ -63,7 +63,7 @@ def _deloop(at, start, near, edge):
                 cut[e] = busy[p] = busy[q] = busy[r] = True
                 known = False
                 for s in range(start[close], start[close + 1]): known |= near[s] == far
-                if not known: new[count] = close, far; count += 1
+                if not known: new[count, 0], new[count, 1], count = close, far, count + 1
     return cut, new[:count].copy()
 
 # %% ../../nbs/roads/refine.ipynb #ada9b07b
