@@ -153,7 +153,7 @@ class Trap:
     lambda path: Trap(bytearray, 10 ** 9),
     lambda path: Trap(np.frombuffer, b"1234"),
     lambda path: np.arange(3),
-    lambda path: {1, 2},
+    lambda path: frozenset,
     lambda path: Path("x"),
 ])
 def test_pickles_with_code_are_refused_and_run_nothing(tmp_path, protocol, make):
@@ -162,6 +162,13 @@ def test_pickles_with_code_are_refused_and_run_nothing(tmp_path, protocol, make)
     with pytest.raises(DataError, match="nothing was run"):
         read_graph(path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_a_set_of_neighbours_is_refused(tmp_path, protocol):
+    """From protocol 4 on a set needs no code to load; it is still not what Sat2Graph writes."""
+    with pytest.raises(DataError, match="nothing was run" if protocol < 4 else "a dict of something else"):
+        read_graph(put(tmp_path, {(0, 0): [(0, 0)], (1, 1): {1, 2}}, protocol))
 
 
 @pytest.mark.parametrize("data", [
