@@ -36,7 +36,7 @@ def scattered(seed, n=30, size=120, reach=30):
     "Nodes anywhere, some in one pixel and some outside, joined where near; worse than any road network."
     rng = np.random.default_rng(seed)
     at = rng.uniform(-5, size + 5, (n, 2))
-    at[rng.integers(0, n, 3)] = at[rng.integers(0, n, 3)] + .2
+    at[rng.integers(0, n, 3)] = at[rng.integers(0, n, 3)] + rng.uniform(.1, .3, (3, 2))   # never the same place: a key of a dict
     pairs = cKDTree(at).query_pairs(reach, output_type="ndarray")
     edges = pairs[rng.random(len(pairs)) < .5]
     return RoadGraph(at, rng.permutation(edges))

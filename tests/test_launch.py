@@ -167,7 +167,8 @@ def test_list_shows_the_defaults(small, capsys):
 
 def test_ctrl_c_gives_130_and_resume_finishes_the_run(small, tmp_path, capsys):
     base = tmp_path / "runs"
-    command = [sys.executable, "-c", "import sys; from aerial_nb.training.launch import aerial_run; sys.exit(aerial_run())",
+    command = [sys.executable, "-c", "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "   # a background job ignores it
+               "from aerial_nb.training.launch import aerial_run; sys.exit(aerial_run())",
                str(small), "-p", "epochs", "40", "--runs", str(base)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 50
