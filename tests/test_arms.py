@@ -17,7 +17,8 @@ from aerial_nb.data.tiles import TileStore, draw_crops, fixed_crops
 from aerial_nb.models.zoo import build
 from aerial_nb.scenes.predict import blend, predict_pixels, windows
 from aerial_nb.training import arms as arms_module
-from aerial_nb.training.arms import model_hash, overfit_task, run_arm, split_task
+from aerial_nb.training.arms import model_hash, run_arm
+from aerial_nb.training.tasks import overfit_task, split_task
 from aerial_nb.training.callbacks import NotFinite, Precision
 from aerial_nb.training.learner import Recipe, fit, learner_for, pick_precision
 from aerial_nb.training.records import Folder

@@ -12,7 +12,8 @@ from aerial_nb.data.splits import split_by_scene
 from aerial_nb.data.tiles import TileStore, draw_crops
 from aerial_nb.models.zoo import build
 from aerial_nb.roads.orientation import orientation_classes, orientation_pyramid, turn_classes
-from aerial_nb.training.arms import overfit_task, run_arm, split_task
+from aerial_nb.training.arms import run_arm
+from aerial_nb.training.tasks import overfit_task, split_task
 from aerial_nb.training.directions import (DirectionCrops, direction_scores, loading_share, predict_directions,
                                            show_directions, with_directions)
 from aerial_nb.training.learner import Recipe, learner_for

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import torch
 
+from .control import merit
 from .losses import IGNORE, full_road, road_logit
 from .records import Folder
 
@@ -100,7 +101,7 @@ class History(Callback):
     def before_train(self): self.losses, self.weights, self.times = [], [], []
     def before_validate(self):
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: raise CancelValidException()
-        self.losses, self.weights, self.counts = [], [], 0
+        self.losses, self.weights, self.counts = [], [], []
 
     def before_batch(self): self.begun = time.perf_counter()
     def after_loss(self):
@@ -108,7 +109,7 @@ class History(Callback):
         if self.training: return
         mask = self.yb[0] if isinstance(self.yb[0], torch.Tensor) else self.yb[0][0]   # the first of several targets
         road, truth, judged = road_logit(full_road(self.pred)) > 0, mask == 1, mask != IGNORE
-        self.counts = self.counts + torch.stack([(road & truth).sum(), ((road | truth) & judged).sum()])
+        self.counts.append(torch.stack([(each & judged).flatten(1).sum(1) for each in (road & truth, road, truth)], 1))
 
     def after_batch(self):
         if self.training: self.times.append(time.perf_counter() - self.begun)
@@ -122,9 +123,21 @@ class History(Callback):
                                          step_ms=1000 * sorted(self.times)[len(self.times) // 2])
 
     def after_validate(self):
-        if not isinstance(self.counts, torch.Tensor): return
-        hit, union = self.counts.tolist()
-        self.row |= dict(valid_loss=self.mean_loss(), valid_iou=hit / union if union else None)
+        if not self.counts: return
+        items = torch.cat(self.counts).double().cpu()             # (items, 3): hits, found, true
+        hit, found, true = items.sum(0).tolist()
+        union = found + true - hit
+        self.row |= dict(valid_loss=self.mean_loss(), valid_iou=hit / union if union else None,
+                         valid_f1=2 * hit / (found + true) if union else None) | self.worst(items)
+
+    def worst(self, items) -> dict:
+        "Mean F1 of the validation items with anything true or found, and the one with the lowest."
+        counted = items[:, 1] + items[:, 2] > 0
+        f1 = 2 * items[:, 0] / (items[:, 1] + items[:, 2]).clamp(min=1)
+        if not counted.any(): return {}
+        lowest = int(f1.where(counted, torch.inf).argmin())
+        name = getattr(self.dls.valid.dataset, "describe", lambda i: f"item {i}")(lowest)
+        return dict(item_f1=float(f1[counted].mean()), worst_f1=float(f1[lowest]), worst=name)
 
     def after_epoch(self):
         if "train_loss" not in self.row: return    # skipped by a resumed training
@@ -148,19 +161,24 @@ class Checkpoint(Callback):
     def __init__(self,
         folder: Folder,     # of the arm
         seconds: float = 60, # least time between two writes; 0 writes every epoch
-    ): self.folder, self.seconds, self.best = folder, seconds, dict(epoch=0, iou=-1., model={})
+        by: str = "iou",    # what the best weights are best by: validation iou, or loss
+    ): self.folder, self.seconds, self.by, self.best = folder, seconds, by, dict(epoch=0, iou=-1., merit=None, model={})
 
     def before_fit(self): self.written = time.monotonic()
 
     def after_epoch(self):
         row = self.learn.history.row
         if "train_loss" not in row: return
-        if (row.get("valid_iou") or -1) > self.best["iou"]:
-            self.best = dict(epoch=row["epoch"], iou=row["valid_iou"], model=_host(self.model.state_dict()))
+        worth = merit(row, self.by)
+        if worth is not None and (self.best["merit"] is None or worth > self.best["merit"]):
+            averaged = getattr(self.learn, "average_weights", None)   # what was validated
+            judged = averaged.averaged.module if averaged else self.model
+            self.best = dict(epoch=row["epoch"], iou=row.get("valid_iou"), merit=worth, model=_host(judged.state_dict()))
         if time.monotonic() - self.written >= self.seconds or row["epoch"] == self.n_epoch: self.write(row["epoch"])
 
     def write(self, epoch: int):
-        state = dict(epoch=epoch, model=dict(self.model.state_dict()), opt=_builtin(self.opt.state_dict()), best=self.best)
+        state = dict(epoch=epoch, model=dict(self.model.state_dict()), opt=_builtin(self.opt.state_dict()), best=self.best,
+                     kept={cb.name: _builtin(cb.kept) for cb in self.learn.cbs if getattr(cb, "kept", None)})
         with self.folder.writing("checkpoint.pt") as part: torch.save(state, part)
         self.written = time.monotonic()
 
@@ -173,6 +191,8 @@ class Checkpoint(Callback):
         if not self.opt: self.learn.create_opt()
         self.opt.load_state_dict(state["opt"])
         self.best = state["best"]
+        for cb in self.learn.cbs:
+            if cb.name in state["kept"]: cb.kept = state["kept"][cb.name]
         logger.info("resuming %s after epoch %d", self.folder.path.name, state["epoch"])
         return state["epoch"]
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..data.loaders import CropDataset
 from ..roads.orientation import angular_error, direction_key, orientation_pyramid, orientation_rgb
-from .arms import Task
+from .tasks import Task
 
 from fastai.data.core import DataLoaders
 

@@ -194,7 +194,8 @@ def load_model(
     if build is None: from aerial_nb.models.zoo import build
     weights = load_file(folder / "model.safetensors")
     weights |= {name: weights[kept] for name, kept in about["tied"].items() if kept in weights}
-    model = fill(build(card.builder, **card.arguments), weights, f"the weights in {folder}")
+    unfetched = {k: None if k == "weights" else v for k, v in card.arguments.items()}   # pretrained weights are not fetched again
+    model = fill(build(card.builder, **unfetched), weights, f"the weights in {folder}")
     return model.to(device).eval(), card
 
 # %% ../../nbs/training/saved.ipynb #76f67edb
