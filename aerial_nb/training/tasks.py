@@ -167,13 +167,13 @@ def sampled_task(
     recipe: Recipe,
     arguments: dict,       # of the builder
     preset="MEDIUM",       # augmentation, as for `dataloaders`; None: none
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | None = None, # what is drawn; the defaults of `Sampling` otherwise
     loading: dict | None = None, # of `dataloaders`: seed, workers, device, and of its stores
     **options,             # of Task: buffer_px, data, classes
 ) -> Task: # raises DataError where a part is missing, or holds one class only
     "Train on one part as `dataloaders` draws it, choose on another, score on the third."
     door = _door(samples)
-    tuning = door.tuning.reset_index(drop=True)
+    sampling, tuning = sampling or Sampling(), door.tuning.reset_index(drop=True)
     dls = dataloaders(tuning, size, bs, preset, sampling, **(loading or {}))
     stores = {part: dl.dataset.store for part, dl in (("train", dls.train), ("valid", dls.valid))}
     _two_kinds(stores)
