@@ -86,7 +86,7 @@ class Plateau(Callback):
 # %% ../../nbs/training/control.ipynb #3ba8351d
 class StopEarly(Callback):
     "Ends the training when validation has not risen for `patience` validations; the best weights are in the checkpoint."
-    order = 78   # after Checkpoint
+    order = 74   # after History, and before Checkpoint, which keeps what is counted here
     def __init__(self, patience: int, by: str = "iou"):
         self.patience, self.by, self.kept = patience, by, dict(best=None, waited=0, stopped=False)
 
@@ -94,11 +94,13 @@ class StopEarly(Callback):
         worth = merit(self.learn.history.row, self.by)
         if worth is None: return
         better = self.kept["best"] is None or worth > self.kept["best"]
-        self.kept = dict(best=worth if better else self.kept["best"], waited=0 if better else self.kept["waited"] + 1, stopped=False)
-        if self.kept["waited"] < self.patience: return
-        self.kept["stopped"] = True
-        logger.info("epoch %d: validation has not risen for %d validations, stopped", self.epoch + 1, self.patience)
-        self.learn.checkpoint.write(self.epoch + 1)
+        waited = 0 if better else self.kept["waited"] + 1
+        self.kept = dict(best=worth if better else self.kept["best"], waited=waited, stopped=waited >= self.patience)
+
+    def before_epoch(self):
+        if not self.kept["stopped"]: return
+        logger.info("stopped after epoch %d: validation has not risen for %d validations", self.epoch, self.patience)
+        self.learn.checkpoint.write(self.epoch)
         raise CancelFitException()
 
 # %% ../../nbs/training/control.ipynb #bfaa5ac6
