@@ -26,10 +26,10 @@ from .weights import Source, smp_source, start_encoder, timm_source
 _TAKEN = ("encoder_name", "encoder_weights", "in_channels", "classes")  # arguments of ours
 _LOGITS = ("activation", "aux_params")  # would change what comes out
 
-def _nearest(what: str, name: str, known, more: str = "") -> ValueError:
+def _nearest(what: str, name: str, known) -> ValueError:
     near = difflib.get_close_matches(name, known, 3)
     said = f"did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {', '.join(list(known)[:16])}{', ...' if len(known) > 16 else ''}"
-    return ValueError(f"unknown {what} '{name}'; {said}{more}")
+    return ValueError(f"unknown {what} '{name}'; {said}")
 
 def architectures() -> tuple[str, ...]:
     "The decoders that `smp_model` knows."
@@ -56,8 +56,8 @@ def _check_encoder(name: str) -> None:
         raise ValueError(f"encoder '{name}' is deprecated in SMP; " + (f"the same network is '{today}'" if today else "its names begin with 'tu-' now"))
     if not name.startswith("tu-"):
         if name in smp.encoders.encoders: return
-        also = f"; timm has it: 'tu-{name}'" if timm.is_model(name.split(".")[0]) else ""
-        raise _nearest("encoder", name, encoders(), also)
+        if timm.is_model(name.split(".")[0]): raise ValueError(f"unknown encoder '{name}' of SMP; timm has it: 'tu-{name}'")
+        raise _nearest("encoder", name, encoders())
     bare, _, tag = name[3:].partition(".")
     if not timm.is_model(bare): raise _nearest("encoder", name, encoders())
     tagged = [f"tu-{n}" for n in timm.list_pretrained(f"{bare}.*")]

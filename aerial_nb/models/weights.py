@@ -17,6 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -65,7 +66,7 @@ def to_bands(
     bands: int,           # of the images
 ) -> torch.Tensor: # `(out, bands, k, k)`
     "Weights of a first convolution for another number of bands: their sum for one, else repeated in turn."
-    known = weight.shape[1]
+    weight, known = weight.float(), weight.shape[1]   # sums of half precision would be rounded twice
     if bands == 1: return weight.sum(1, keepdim=True)
     return weight[:, [i % known for i in range(bands)]] * (known / bands)
 
@@ -222,7 +223,7 @@ def _from_hub(source: Source, seconds: float) -> Path:
     for file in source.files:
         url = hf_hub_url(source.repo, file, revision=source.revision, endpoint=constants.ENDPOINT)
         try:
-            _in_time(lambda: get_hf_file_metadata(url, timeout=seconds), seconds)
+            _in_time(partial(get_hf_file_metadata, url, timeout=seconds), seconds)
             return Path(hf_hub_download(source.repo, file, revision=source.revision, cache_dir=constants.HF_HUB_CACHE))
         except EntryNotFoundError: continue
         except Exception as error:   # the hub's client has changed its HTTP library twice: no narrower class holds for all

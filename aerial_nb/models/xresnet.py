@@ -72,10 +72,12 @@ def xresnet_unet(
     "The network of fastai's `unet_learner` over an XResNet."
     if min(bands, classes) < 1: raise ValueError(f"bands and classes start at 1, got {bands} and {classes}")
     if not 0 <= decoder_dropout < 1: raise ValueError(f"decoder_dropout is a share in [0, 1), got {decoder_dropout}")
-    unet = DynamicUnet(_body(encoder, bands), classes, (64, 64), self_attention=self_attention, blur=blur)
+    body = _body(encoder, bands)
+    started = start_encoder(body, weights, xresnet_source(encoder))
+    unet = DynamicUnet(body, classes, (64, 64), self_attention=self_attention, blur=blur)
     for block in unet.layers:
         if decoder_dropout and isinstance(block, UnetBlock): block.register_forward_hook(partial(_drop, decoder_dropout))
     model = Wrapped(Forgetful(unet), 32, bands, upsample, encoder="unet.layers.0").train()
-    model.weights = start_encoder(model.encoder, weights, xresnet_source(encoder))
-    for part in unet.layers[1 if model.weights else 0:]: warm_batch_norms(part)
+    model.weights = started
+    for part in unet.layers[1 if started else 0:]: warm_batch_norms(part)   # a pretrained encoder keeps its pace
     return model
