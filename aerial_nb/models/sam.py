@@ -59,10 +59,10 @@ def start_sam(
     if not weights or not Path(weights).expanduser().is_file(): return start_encoder(vit, weights, sam_source(variant))
     path = Path(weights).expanduser()
     own, there = vit.state_dict(), checkpoint_filter_fn(read_weights(path), vit)
-    if other := sorted(own.keys() ^ there.keys()):
-        told = ", ".join(f"{k} ({'missing' if k in own else 'left over'})" for k in other[:4])
-        raise WeightsError(f"{path.name} is not SAM's encoder {variant}: {len(other)} names differ, such as {told}. "
-                           "Take a file in timm's names or in Meta's, of the same variant")
+    told = [f"{len(names)} {what}, such as {', '.join(sorted(names)[:3])}"
+            for what, names in (("missing", own.keys() - there.keys()), ("left over", there.keys() - own.keys())) if names]
+    if told: raise WeightsError(f"{path.name} is not SAM's encoder {variant}. Names: {'; '.join(told)}. "
+                                "Take a file in timm's names or in Meta's, of the same variant")
     found = match_weights(own, there, path.name)
     vit.load_state_dict(found.state)
     if found.widened: logger.warning("%s: first filters made for red, green and blue, adapted to the bands here", path.name)

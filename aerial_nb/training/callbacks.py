@@ -98,14 +98,14 @@ class History(Callback):
 
     def before_epoch(self):
         self.row, self.start, self.counts = dict(epoch=self.epoch + 1), time.perf_counter(), None
-    def before_train(self): self.losses, self.weights, self.times = [], [], []
+    def before_train(self): self.losses, self.sizes, self.times = [], [], []
     def before_validate(self):
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: raise CancelValidException()
-        self.losses, self.weights, self.counts = [], [], []
+        self.losses, self.sizes, self.counts = [], [], []
 
     def before_batch(self): self.begun = time.perf_counter()
     def after_loss(self):
-        self.losses.append(self.loss.detach()); self.weights.append(len(self.xb[0]))
+        self.losses.append(self.loss.detach()); self.sizes.append(len(self.xb[0]))
         if self.training: return
         mask = self.yb[0] if isinstance(self.yb[0], torch.Tensor) else self.yb[0][0]   # the first of several targets
         road, truth, judged = road_logit(full_road(self.pred)) > 0, mask == 1, mask != IGNORE
@@ -115,7 +115,7 @@ class History(Callback):
         if self.training: self.times.append(time.perf_counter() - self.begun)
 
     def mean_loss(self) -> float:
-        weights = torch.tensor(self.weights, dtype=torch.float64)
+        weights = torch.tensor(self.sizes, dtype=torch.float64)
         return float((torch.stack(self.losses).double().cpu() * weights).sum() / weights.sum())
 
     def after_train(self):
