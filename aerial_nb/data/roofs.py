@@ -158,5 +158,6 @@ def contact_sheet(
     from aerial_nb.report.figures import show_crops  # drawing alone, and only here
     rows = samples.head(most).to_dict("records")
     thumbs = [_thumbnail(row, side) for row in rows]
-    titles = [f"{Path(row['image']).stem[-24:]}\n{row['split'] or 'no split'}, {share:.0%} roof" for row, (*_, share) in zip(rows, thumbs)]
-    return show_crops([t[0] for t in thumbs], [t[1] for t in thumbs], titles, columns, most=most)
+    titles = [f"{Path(row['image']).stem[-25:]}\n{row['split'] or 'no split'}, {share:.0%} roof" for row, (*_, share) in zip(rows, thumbs)]
+    gsd_m = rows[0]["gsd_m"] * max(raster_info(rows[0]["image"]).shape) / side if given(rows[0]["gsd_m"]) else None
+    return show_crops([t[0] for t in thumbs], [t[1] for t in thumbs], titles, columns, gsd_m, most)
