@@ -20,7 +20,7 @@ import shapely
 from rasterio.warp import transform
 from tqdm.auto import tqdm
 from .masks import IGNORE, read_class_map
-from .raster import DataError, Pixels, RasterInfo, raster_info, read_pixels
+from .raster import DataError, Pixels, RasterInfo, real_crs, raster_info, read_pixels
 from .splits import SPLITS
 
 # %% ../../nbs/data/checks.ipynb #4efd5fdc
@@ -109,11 +109,11 @@ def _crossing(samples: pd.DataFrame) -> list[dict]:
 
 def footprint(info: RasterInfo) -> shapely.Polygon | None:
     "Four corners in degrees (lon, lat); None in pixel space. Neighbours share corners, so they do not overlap."
-    if info.crs is None: return None
+    if (crs := real_crs(info.crs)) is None: return None
     (rows, cols), t = info.shape, info.transform
     x, y = zip(*((t.a * c + t.b * r + t.c, t.d * c + t.e * r + t.f)
                  for c, r in ((0, 0), (cols, 0), (cols, rows), (0, rows))))
-    return shapely.Polygon(np.transpose(transform(info.crs, "EPSG:4326", x, y)))
+    return shapely.Polygon(np.transpose(transform(crs, "EPSG:4326", x, y)))
 
 def _header(path: str) -> RasterInfo | None:
     "The header, or None: a file that cannot be opened is found by the scan."

@@ -23,7 +23,7 @@ from rasterio.warp import transform
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
-from .raster import DataError, RasterInfo, raster_info, read_pixels
+from .raster import DataError, RasterInfo, raster_info, read_pixels, real_crs
 
 # %% ../../nbs/data/ties.ipynb #593cde3a
 logger = logging.getLogger(__name__)
@@ -104,7 +104,8 @@ def _corners(infos: list) -> np.ndarray: # (n, 4, 2) lon, lat of the corners, Na
         for i in rows:
             (h, w), t = infos[i].shape, infos[i].transform
             xy += [(t.a * c + t.b * r + t.c, t.d * c + t.e * r + t.f) for c, r in ((0, 0), (w, 0), (w, h), (0, h))]
-        try: lonlat = transform(infos[rows[0]].crs, "EPSG:4326", *zip(*xy))
+        if (crs := real_crs(infos[rows[0]].crs)) is None: continue   # pixel space
+        try: lonlat = transform(crs, "EPSG:4326", *zip(*xy))
         except RasterioError as error:
             logger.warning("%d images have a place that cannot be used (%s)", len(rows), error)
             continue
