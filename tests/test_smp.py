@@ -62,6 +62,15 @@ def test_enlarging_is_what_it_says():
         assert torch.allclose(large(x), by_hand, atol=1e-5) and not torch.allclose(large(x), plain(x), atol=1e-3)
 
 
+def test_encoders_of_one_size_say_so():
+    swin = dict(encoder="tu-swin_tiny_patch4_window7_224")
+    with pytest.raises(ValueError, match="one image size only.*img_size=512"): smp_model(**swin)
+    with pytest.raises(ValueError, match="multiple of 32"): smp_model(**swin, options=dict(img_size=100))
+    model = smp_model(**swin, options=dict(img_size=64)).eval()
+    with torch.no_grad(): assert model(torch.rand(1, 3, 37, 61)).shape == (1, 1, 37, 61)
+    with pytest.raises(AssertionError, match="(96).*(64)"): model(torch.rand(1, 3, 90, 64))
+
+
 # ---- dropout
 
 def decoder_runs(model, x):
@@ -111,6 +120,29 @@ def test_a_file_is_in_the_encoder(encoder, bands):
     stem = torch.load(MOBILENET, weights_only=True)["features.0.0.weight"].float()   # half precision in the file
     mine = next(m for m in model.encoder.modules() if isinstance(m, nn.Conv2d)).weight
     assert torch.allclose(mine[:, :3], stem * 3 / bands) and mine.shape[1] == bands
+
+
+def as_its_authors(name: str) -> str:
+    "ConvNeXt's layers by the names of its first code."
+    for new, old in {"stem.": "downsample_layers.0.", ".blocks.": ".", ".conv_dw.": ".dwconv.", ".mlp.fc1.": ".pwconv1.", ".mlp.fc2.": ".pwconv2.",
+                     "head.norm.": "norm.", "head.fc.": "head."}.items(): name = name.replace(new, old)
+    stage, _, rest = name.removeprefix("stages.").partition(".downsample.")
+    return f"downsample_layers.{stage}.{rest}" if rest else name
+
+
+def test_names_of_the_authors_are_translated(tmp_path, monkeypatch):
+    import timm
+    torch.manual_seed(7)
+    whole = timm.create_model("convnext_atto_ols").state_dict()
+    theirs = dict(sorted((as_its_authors(k), v) for k, v in whole.items()))
+    assert "stages.0.0.dwconv.weight" in theirs and "downsample_layers.1.0.weight" in theirs
+    torch.save(dict(model=theirs), tmp_path / "authors.pth")
+    monkeypatch.setattr(weights_chapter, "fetch", lambda *a: tmp_path / "authors.pth")
+    model = smp_model("unet", "tu-convnext_atto_ols", weights="imagenet", bands=4)
+    assert model.weights == "imagenet (tu-convnext_atto_ols.a2_in1k)"
+    assert torch.equal(model.encoder.model.stages_0.blocks[0].conv_dw.weight, whole["stages.0.blocks.0.conv_dw.weight"])
+    assert torch.allclose(model.encoder.model.stem_0.weight[:, 3], whole["stem.0.weight"][:, 0] * 3 / 4)
+    with pytest.raises(ValueError, match="authors.pth is not for this encoder. missing"): smp_model("unet", "tu-convnext_pico", weights="imagenet")
 
 
 @needs_mobilenet

@@ -97,6 +97,17 @@ def _network(architecture: str, encoder: str, bands: int, classes: int, options:
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AssertionError) as error:
         raise ValueError(f"{architecture} cannot be built on {encoder}{f' with {options}' if options else ''}: {error}") from error
 
+# %% ../../nbs/models/smp.ipynb #265c6fdb
+def _least(architecture: str, encoder: str, options: dict) -> int:
+    "The smallest side that a network can do, 0 for any. Raises ValueError where it must be said and is not."
+    if architecture == "pan": return 128
+    fixed = encoder.startswith("tu-") and architecture != "dpt" and timm.models.get_pretrained_cfg(encoder[3:])
+    if not (fixed and fixed.fixed_input_size): return 0
+    size = options.get("img_size", 0)
+    if isinstance(size, int) and size > 0 and size % 32 == 0: return size
+    raise ValueError(f"encoder {encoder} knows one image size only: give it, options=dict(img_size=512), a multiple of 32 and no smaller "
+                     "than your windows; or take an encoder for any size")
+
 # %% ../../nbs/models/smp.ipynb #b897da66
 def _source(encoder: str, weights: str | None) -> Source:
     "Where an encoder has its weights; SMP's own may have more kinds than ImageNet's."
@@ -104,6 +115,11 @@ def _source(encoder: str, weights: str | None) -> Source:
     kinds = smp.encoders.encoders[encoder]["pretrained_settings"]
     return smp_source(encoder, weights if weights in kinds else "imagenet")
 
+def _timms(model: str, found: dict) -> dict:
+    "Weights as the authors of a network name them, as timm does."
+    return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=dict(state_dict=dict(found))).state_dict()
+
+# %% ../../nbs/models/smp.ipynb #62392c34
 def smp_model(
     architecture: str = "unet",   # one of architectures()
     encoder: str = "resnet34",    # one of encoders(), `tu-` names with a tag of timm too: tu-resnet18.a1_in1k
@@ -117,9 +133,10 @@ def smp_model(
     "An encoder with a decoder behind it, by names."
     net = _network(architecture, encoder, bands, classes, options or {})
     _drop_in_decoder(net, decoder_dropout)
-    least = dict(pan=128).get(architecture, 0)   # pools its 1/16 map three times more
-    model = Wrapped(net, max(net.encoder.output_stride, 32 if architecture == "dpt" else 1), bands, upsample, least)
-    model.weights = start_encoder(net.encoder, weights, _source(encoder, weights))
+    stride = 32 if architecture == "dpt" else net.encoder.output_stride
+    model = Wrapped(net, stride, bands, upsample, _least(architecture, encoder, options or {}))
+    translate = partial(_timms, encoder[3:]) if encoder.startswith("tu-") else None
+    model.weights = start_encoder(net.encoder, weights, _source(encoder, weights), translate=translate)
     fresh = [net.decoder, net.segmentation_head] + ([] if model.weights else [net.encoder])
     for part in fresh: warm_batch_norms(part)
     return model

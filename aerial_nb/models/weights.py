@@ -11,6 +11,7 @@ __all__ = ['logger', 'PATIENCE_S', 'BOXES', 'PREFIXES', 'STARTS', 'WeightsError'
 # %% ../../nbs/models/weights.ipynb #60378cbe
 import difflib
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -236,7 +237,7 @@ def _from_url(source: Source, seconds: float) -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     target = folder / source.url.rsplit("/", 1)[-1]
     if target.is_file(): return target
-    part = target.with_suffix(".part")
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")   # processes of one training may all be here
     try:
         with _in_time(lambda: urlopen(source.url, timeout=seconds), seconds) as answer:
             folder.mkdir(parents=True, exist_ok=True)
@@ -267,20 +268,21 @@ def start_encoder(
     encoder: nn.Module,   # random, and already built for its bands; filled in place
     weights: str | None,  # "" random, "imagenet", "auto", a file, None: nothing is said or done
     source: Source,       # of its pretrained weights
-    seconds: float = PATIENCE_S,
+    seconds: float = PATIENCE_S, # for the first answer of a server
+    translate: Callable | None = None, # weights as their authors name them -> as the library does, where they do not fit
 ) -> str: # what it started from, "" for random; raises WeightsError
     "Start an encoder from what `weights` says."
     if weights is None: return ""
     if not weights:
         logger.info("encoder %s starts from random weights", source.encoder)
         return ""
-    if weights not in (*STARTS, source.tag): return _load(encoder, _own_file(weights, source), Path(weights).name)
+    if weights not in (*STARTS, source.tag): return _load(encoder, _own_file(weights, source), Path(weights).name, translate)
     try: path = fetch(source, seconds)
     except WeightsError as error:
         if weights != "auto": raise
         logger.warning("encoder %s starts from RANDOM weights: %s", source.encoder, error)
         return ""
-    return _load(encoder, path, source.name)
+    return _load(encoder, path, source.name, translate)
 
 def _own_file(weights: str, source: Source) -> Path:
     path = Path(weights).expanduser()
@@ -290,9 +292,18 @@ def _own_file(weights: str, source: Source) -> Path:
                        "Known: '' (random), 'imagenet', 'auto' (imagenet if it can be had), or a file")
 
 # %% ../../nbs/models/weights.ipynb #bd4565fd
-def _load(encoder: nn.Module, path: Path, name: str) -> str:
+def _matched(own: Mapping, path: Path, translate: Callable | None) -> Match:
+    "The weights of a file, translated where they do not fit as they are."
+    found = read_weights(path)
+    try: return match_weights(own, found, path.name)
+    except WeightsError as error:
+        if translate is None: raise
+        try: return match_weights(own, translate(found), path.name)
+        except Exception: raise error from None   # whatever a translator trips over, the differences say more
+
+def _load(encoder: nn.Module, path: Path, name: str, translate: Callable | None = None) -> str:
     "Fill an encoder from a file, and say what was done."
-    found = match_weights(encoder.state_dict(), read_weights(path), path.name)
+    found = _matched(encoder.state_dict(), path, translate)
     nn.Module.load_state_dict(encoder, found.state)   # strict; encoders that rename on loading are not asked
     logger.info("encoder starts from %s", name)
     if found.by_order: logger.warning("%s: names differ, matched by order and shape", name)

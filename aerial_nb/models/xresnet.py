@@ -75,6 +75,7 @@ def xresnet_unet(
     body = _body(encoder, bands)
     started = start_encoder(body, weights, xresnet_source(encoder))
     unet = DynamicUnet(body, classes, (64, 64), self_attention=self_attention, blur=blur)
+    del unet.layers[-1]   # ToTensorBase, which would make the logits a tensor subclass of fastai's
     for block in unet.layers:
         if decoder_dropout and isinstance(block, UnetBlock): block.register_forward_hook(partial(_drop, decoder_dropout))
     model = Wrapped(Forgetful(unet), 32, bands, upsample, encoder="unet.layers.0").train()
