@@ -12,6 +12,7 @@ __all__ = ['logger', 'VARIANTS', 'PATCH', 'sam_vit', 'sam_source', 'start_sam', 
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ def sam_vit(
     "The image encoder of SAM as timm builds it, position table for 1024 px (tiny: 128 px)."
     if variant not in VARIANTS: raise ValueError(f"unknown variant '{variant}'; known: {', '.join(VARIANTS)}")
     name, sizes = VARIANTS[variant]
-    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=bands, **sizes)
+    norm = partial(nn.LayerNorm, eps=1e-6)   # as SAM was trained; timm's own default is 1e-5
+    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=bands, norm_layer=norm, **sizes)
 
 # %% ../../nbs/models/sam.ipynb #2c736897
 def sam_source(variant: str) -> Source:
@@ -100,7 +102,7 @@ class SamEncoder(nn.Module):
     def settings(self) -> str: # what the features depend on beside the weights
         blocks = [(b.window_size, b.attn.num_heads) for b in self.vit.blocks]
         scales = [getattr(m, "scale", 1) for b in self.vit.blocks for m in [b.attn.qkv]]
-        return f"{type(self).__name__} {self.names} {self.amp or 'float32'} {blocks} {scales}"
+        return f"{type(self).__name__} of timm {timm.__version__} {self.names} {self.amp or 'float32'} {blocks} {scales}"
 
     def train(self, mode: bool = True): return super().train(mode and not self.frozen)
 
