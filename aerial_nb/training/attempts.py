@@ -72,13 +72,14 @@ def numbers(
 
 def attempts_of(
     choice: int | str, # 3, "1,2" or "all"
+    tiny: bool = False, # small networks, which show the mechanics and no result
 ) -> list[Attempt]: # raises ParameterError on an unknown one
     "Attempts by their numbers."
     found = numbers(choice, list(ATTEMPTS), "attempt")
     if strange := [n for n in found if n not in ATTEMPTS]:
         known = "; ".join(f"{a.number} {a.title}" for a in ATTEMPTS.values())
         raise ParameterError(f"attempt {', '.join(map(str, strange))} is unknown; there are {known}; or all")
-    return [ATTEMPTS[n] for n in found]
+    return [replace(a, title=f"{a.title} (tiny)", arguments=a.arguments | a.tiny) if tiny else a for a in (ATTEMPTS[n] for n in found)]
 
 def budgets_of(
     choice: int | str, # 12, "5,12,24" or "all"
@@ -109,7 +110,6 @@ class Study:
     bs: int = 0               # 0: the attempt's own
     weights: str = ""         # of ResNet34: "", imagenet, auto, a file
     sam_weights: str = ""     # of SAM: "", sam, auto, a file
-    tiny: bool = False        # small networks, which show the mechanics and no result
     amp: str = "auto"
     accum: int = 1
     valid_every: int = 1
@@ -129,7 +129,7 @@ class Study:
 
     def arm(self, attempt: Attempt, budget: int) -> Arm:
         "This attempt on so many tiles, as an arm of the experiment."
-        own = attempt.arguments | (attempt.tiny if self.tiny else {}) | {attempt.dropout: self.dropout}
+        own = attempt.arguments | {attempt.dropout: self.dropout}
         if attempt.builder != "unet": own["weights"] = self.sam_weights if attempt.sam else self.weights
         return Arm(f"attempt{attempt.number}-{budget}tiles", attempt.builder, own, self.recipe(attempt))
 
@@ -144,7 +144,7 @@ def study_task(
     **options,             # of Task: data, buffer_px
 ) -> Task: # raises DataError where a part is missing, or holds one class only
     "Validation tiles, the door of the test tiles, and loaders of all training tiles."
-    loading = dict(progress=False) | study.loading
+    loading = dict(progress=False, classes=("roof",)) | study.loading
     return sampled_task(samples, study.size, study.bs or 4, Recipe(study.epochs), dict(classes=1), None if study.augment == "NONE" else study.augment,
                         study.sampling(), loading, classes=("background", "roof"), **options)
 
@@ -158,7 +158,7 @@ def budget_task(
     "The same task with the training tiles of a budget, in batches of the attempt's size."
     tuning = rows[rows["split"] != "test"].reset_index(drop=True)
     dls = dataloaders(tuning, study.size, study.bs or attempt.bs, None if study.augment == "NONE" else study.augment, study.sampling(),
-                      seed=seed, **(dict(progress=False) | study.loading))
+                      seed=seed, **(dict(progress=False, classes=("roof",)) | study.loading))
     return replace(task, dls=dls, stats=dls.stats)
 
 # %% ../../nbs/training/attempts.ipynb #e0fff97b
@@ -178,7 +178,7 @@ def run_study(
     budgets: Sequence[int], # training tiles
     seeds: Sequence[int],
     run: RunFolder,
-    watch=None,             # function of a task that gives further callbacks
+    watch=None,             # function of an arm's folder that gives further callbacks
     **options,              # of `run_arm`: checkpoint_s, quiet
 ) -> list[Tried]: # raises DataError, and ValueError on a recipe that is impossible
     "Every attempt on every budget with every seed."
@@ -189,6 +189,7 @@ def run_study(
             rows = tables[seed][budget]
             for attempt in attempts:
                 own, arm = budget_task(task, rows, study, attempt, seed), arms[attempt.number, budget]
-                result = run_arm(own, arm, seed, run.arm(f"{arm.name}-seed{seed}"), cbs=tuple(watch(own) if watch else ()), **options)
+                folder = run.arm(f"{arm.name}-seed{seed}")
+                result = run_arm(own, arm, seed, folder, cbs=tuple(watch(folder) if watch else ()), **options)
                 tried.append(Tried(attempt, budget, result, tuple(Path(p).stem for p in rows["image"][rows["split"] == "train"])))
     return tried
