@@ -84,7 +84,7 @@ def test_dropout_is_in_the_decoder_only(architecture):
     torch.manual_seed(0)
     x = torch.rand(2, 3, 64, 64)
     for share in (0., .5):
-        model = smp_model(architecture, "resnet18", decoder_dropout=share).train()
+        model = smp_model(architecture, "tu-mobilenetv3_small_050", decoder_dropout=share).train()
         for m in model.modules():
             if isinstance(m, _BatchNorm): m.eval()    # leaves dropout as the only difference of two passes
         once, again = decoder_runs(model, x)
