@@ -225,7 +225,8 @@ def _shrink(row: dict, factor: int, file: Path) -> None:
     total = blocks(np.where(got.valid, got.data, 0).astype(np.float64)).sum((-3, -1))
     mean, keep = total / np.maximum(weight, 1), weight * 2 >= factor**2
     data = (mean.round() if got.data.dtype.kind in "ui" else mean).astype(got.data.dtype)
-    t = got.transform and got.transform * Affine.scale(factor)
+    t = got.transform
+    if t is not None: t = Affine(t.a * factor, t.b * factor, t.c, t.d * factor, t.e * factor, t.f)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_raster(file, data, got.crs, t, valid=None if keep.all() else keep)
 
