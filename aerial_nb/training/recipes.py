@@ -160,7 +160,7 @@ def setup_task(
 @dataclass(frozen=True)
 class Start:
     "What encoders start from."
-    label: str    # random, imagenet, or the name of a file; letters, digits, - and _
+    label: str    # random, imagenet, the name of a file or the one it was given; letters, digits, - and _
     weights: str  # for the builder
     says: str     # what happened, for the page
 
@@ -171,22 +171,28 @@ def _settled(wanted: str, builder: str, arguments: dict) -> Start:
     except WeightsError as error:
         if wanted != "auto": raise
         logger.warning("RANDOM weights instead of ImageNet's: %s", error)
-        return Start("random", "", f"**The encoder starts from random weights, because ImageNet's could not be had.** {error}.")
+        return Start("random", "", f"**The encoder starts from random weights, because ImageNet's could not be had:** {error}.")
     if wanted in ("auto", "imagenet"): return Start("imagenet", "imagenet", f"The encoder starts from {used}.")
-    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(wanted).stem)
-    return Start(stem, wanted, f"The encoder starts from the file {used}.")
+    return Start(Path(wanted).stem, wanted, f"The encoder starts from the file {used}.")
+
+def _named(wanted: str, builder: str, arguments: dict) -> Start:
+    "A start that may have been given a name, as in NAME=FILE."
+    name, _, rest = ("", "", wanted) if Path(wanted).is_file() else wanted.rpartition("=")
+    start = _settled(rest.strip(), builder, arguments)
+    label = "".join(c if c.isalnum() or c in "-_" else "_" for c in name.strip() or start.label)
+    return replace(start, label=label)
 
 def settle_starts(
-    weights: str,    # auto, imagenet, random, a file; several with commas between them
+    weights: str,    # auto, imagenet, random, a file, NAME=FILE; several with commas between them
     arguments: dict, # of the builder
     builder: str = "smp",
 ) -> list[Start]: # one or more; raises WeightsError where weights cannot be had, ValueError on names that are unknown
     "Find out what can be had, once for all arms."
     build(builder, **arguments, weights=None)   # unknown names first, before anything is fetched
-    starts = [_settled(w.strip(), builder, arguments) for w in weights.split(",")]
+    starts = [_named(w.strip(), builder, arguments) for w in weights.split(",")]
     found = {s.label: s for s in reversed(starts)}
     if len(found) < len(starts):
-        if len({s.weights for s in starts}) > len(found): raise WeightsError(f"two files of one name in weights='{weights}': rename one")
+        if len({s.weights for s in starts}) > len(found): raise WeightsError(f"two starts of one name in weights='{weights}': name them, as in a=FILE,b=FILE")
         logger.warning("weights='%s' came to the same start twice: each is trained once", weights)
     return [found[label] for label in dict.fromkeys(s.label for s in starts)]
 
