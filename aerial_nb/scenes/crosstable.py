@@ -19,6 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..report.tables import heading
+from ..training.counts import RATES
 from ..training.runs import RunFolder
 from ..training.uncertainty import bootstrap_ci
 
@@ -45,6 +46,7 @@ def read_cell(
     if missing: raise ValueError(f"{path.name} is no evaluation: metrics.json lacks {', '.join(missing)}")
     if not (path / "images.csv").is_file(): raise ValueError(f"{path.name} has no images.csv: the table of counts is missing")
     counts = pd.read_csv(path / "images.csv", dtype=dict(image=str, scene=str))
+    counts = counts.drop(columns=[*RATES, "relaxed_f1", "boundary_iou"], errors="ignore")   # made anew of the counts
     return record | dict(counts=counts.assign(seed=record["seed"]), path=path)
 
 # %% ../../nbs/scenes/crosstable.ipynb #8b12aab5

@@ -97,10 +97,12 @@ def plot_curve(
     from aerial_nb.report.figures import ARMS
     frame, table = curve.frame(), reliability(curve)
     fig, (ax, right) = plt.subplots(1, 2, figsize=(8.2, 2.9), dpi=72, layout="constrained", width_ratios=(3, 2))
-    for name, label, colour in zip(("iou", "precision", "recall"), ("IoU", "precision", "recall"), ARMS):
-        ax.plot(frame.threshold, frame[name], color=colour, label=label)
+    for name, label, colour, lw in zip(("iou", "precision", "recall"), ("IoU", "precision", "recall"), ARMS, (2.4, 1.3, 1.3)):
+        ax.plot(frame.threshold, frame[name], color=colour, label=label, lw=lw, zorder=2 + (name == "iou"))
     at = frame.set_index("threshold").iou
-    for where, style, says in ((threshold, "-", "the model's"), (curve.best("iou"), ":", "best here, not used")):
+    best = curve.best("iou")
+    marks = [(threshold, "-", "the model's"), (best, ":", "best here, not used")]
+    for where, style, says in marks if best != threshold else [(best, "-", "the model's, also best here")]:
         score = at.iloc[np.abs(at.index - where).argmin()]
         ax.axvline(where, color="0.4", ls=style, lw=1, label=f"{says}: {where:.2f}, IoU {score:.3f}")
     ax.set(xlabel="threshold", xlim=(0, 1), ylim=(0, 1.02)); ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, .5), frameon=False)
@@ -126,7 +128,8 @@ def plot_scenes(
     ax.barh(y, shown.fn / true, color=MISS, label="missed", height=.75)
     ax.barh(y, shown.fp / true, left=shown.fn / true, color=FALSE_POSITIVE, label="false", height=.75)
     ax.set_yticks(y, [f"{str(s)[:24]}  {'no IoU' if np.isnan(v) else f'IoU {v:.2f}'}" for s, v in zip(shown.scene, shown.iou)], fontsize=7)
-    ax.invert_yaxis(); ax.set_xlabel("pixels per positive pixel of the label"); ax.legend(fontsize=8, frameon=False)
+    ax.invert_yaxis(); ax.set_xlabel("pixels per positive pixel of the label")
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
     total = ((shown.fn + shown.fp) / true)
     if total.max() > 4 * max(total.median(), .5): ax.set_xscale("symlog", linthresh=1)
     ax.spines[["top", "right"]].set_visible(False)
