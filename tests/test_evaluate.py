@@ -145,6 +145,21 @@ def test_copies_under_other_names_are_recognised(tmp_path, scenes):
     assert any("trained on" in d for d in doubts(own, model))
 
 
+def test_neighbours_and_copies_in_another_format_are_in_doubt(tmp_path, scenes):
+    home = Path(scenes.image[0]).parents[1]
+    divided = ensure_split(scenes)
+    model = find_model(save(tmp_path / "model", data=str(home), split_hash=split_hash(divided)))
+    trained = divided[divided.split == "train"].reset_index(drop=True)
+    (tmp_path / "again").mkdir()
+    again = tmp_path / "again" / Path(trained.image[0]).name
+    write_raster(again, np.full((3, 96, 96), 7, "uint8"))
+    beside = tmp_path / "again/beside.tif"; write_raster(beside, np.full((3, 96, 96), 9, "uint8"))
+    rows = pd.concat([trained.tail(1), trained.tail(1).assign(image=str(beside)), trained.tail(1).assign(image=str(again), scene="other")])
+    seen = with_seen(rows.assign(split="").reset_index(drop=True), model)[0]
+    assert list(seen.seen) == ["train", "near", "name"] and len(doubts(seen, model)) == 3
+    assert list(part_of(seen, "test").seen) == ["name"]
+
+
 def test_files_of_one_size_are_told_apart(tmp_path):
     for name, text in dict(a="one", b="two", c="one").items(): (tmp_path / name).write_text(text)
     assert same_files([tmp_path / "c", tmp_path / "b", tmp_path / "none"], [tmp_path / "a"]) == [0, -1, -1]

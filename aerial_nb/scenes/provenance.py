@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.catalog import open_samples
+from ..data.catalog import open_samples, sample_key
 from ..data.door import TestDoor
 from ..data.raster import DataError
 from ..data.splits import ensure_split, split_hash
@@ -149,19 +149,30 @@ def _below(path: str, folder: str | None) -> bool:
     "Whether a file lies in a folder."
     return bool(folder) and Path(folder).is_dir() and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
+def _by_bytes(samples: pd.DataFrame, known: pd.DataFrame) -> list[str]:
+    "The split of the same file in a known table; `name` where only a distinctive name is the same."
+    parts, used = [*known.split, ""], {sample_key(p) for p, s in zip(known.image, known.split) if s != "test"}
+    found = [parts[k] for k in same_files(samples.image, known.image)]
+    alike = [len(k) >= 6 and k in used for k in map(sample_key, samples.image)]
+    return [s or "name" * a for s, a in zip(found, alike, strict=True)]
+
+def _with_near(samples: pd.DataFrame) -> pd.DataFrame:
+    "New images of scenes that the model was trained or chosen on are near."
+    touched = set(samples.scene[samples.seen.isin(["train", "valid"])])
+    return samples.assign(seen=["near" if not s and c in touched else s for s, c in zip(samples.seen, samples.scene, strict=True)])
+
 def with_seen(
     samples: pd.DataFrame, # samples table
     model: SavedModel,
     data: str = "",        # the name the samples were opened by, such as "synthetic"
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]: # with the column `seen`; the model's own division where it is known
-    "Say of each image what the model knows of it: train, valid, test, ? or nothing."
+    "Say of each image what the model knows of it: train, valid, test, near, name, ? or nothing."
     own = division_of(model.card, samples, model.run.params if model.run else {})
     if own is not None:
         by = dict(zip(own.image, own.split))
-        return samples.assign(seen=[by.get(p, "") for p in samples.image]), own
+        return _with_near(samples.assign(seen=[by.get(p, "") for p in samples.image])), own
     if (known := training_table(model)) is not None:
-        parts = [*known.split, ""]
-        return samples.assign(seen=[parts[k] for k in same_files(samples.image, known.image)]), known
+        return _with_near(samples.assign(seen=_by_bytes(samples, known))), known
     drawn = data == "synthetic" and model.card.data == data
     return samples.assign(seen=["?" if drawn or _below(p, model.card.data) else "" for p in samples.image]), None
 
@@ -176,7 +187,7 @@ def part_of(
     if part not in PARTS: raise DataError(f"split is one of {', '.join(PARTS)}, got {part!r}")
     if part == "all": return seen.reset_index(drop=True)
     given = [s if isinstance(s, str) else "" for s in seen["split"]]
-    known = seen.seen.isin(["train", "valid", "test"])
+    known = seen.seen.isin(["train", "valid", "test", "near"])
     names = [s if own else g for s, g, own in zip(seen.seen, given, known, strict=True)]
     if part == "test" and not any(given): names = [n or "test" for n in names]   # no split: whatever is new to the model
     rows = seen[[n == part for n in names]].reset_index(drop=True)
@@ -194,6 +205,8 @@ def doubts(
     found = [f"{n[k]} of {len(rows)} images {why}" for k, why in (
         ("train", "were trained on: their score measures memory"),
         ("valid", "were used to choose the epoch or the threshold"),
+        ("near", "are of scenes it was trained on, such as tiles that touch"),
+        ("name", "have names of images it was trained on, and other bytes: the same ground, saved again?"),
         ("?", f"are of {model.data}, which the model was trained on, and its division cannot be made again")) if n.get(k)]
     if model.card.data == SMOKE: found.append("the model was trained for seconds on drawn scenes: it shows the way")
     if model.card.threshold is None: found.append("the model has no threshold of its own: 0.5 was taken")
