@@ -73,13 +73,22 @@ def numbers(
 def attempts_of(
     choice: int | str, # 3, "1,2" or "all"
     tiny: bool = False, # small networks, which show the mechanics and no result
+    encoder: str = "",  # another one than ResNet34 for the attempts 2 and 3, such as mobilenet_v2
+    width: int = 0,     # another one than 64 channels for attempt 1
 ) -> list[Attempt]: # raises ParameterError on an unknown one
-    "Attempts by their numbers."
+    "Attempts by their numbers; what differs from the published study is in their titles."
     found = numbers(choice, list(ATTEMPTS), "attempt")
     if strange := [n for n in found if n not in ATTEMPTS]:
         known = "; ".join(f"{a.number} {a.title}" for a in ATTEMPTS.values())
         raise ParameterError(f"attempt {', '.join(map(str, strange))} is unknown; there are {known}; or all")
-    return [replace(a, title=f"{a.title} (tiny)", arguments=a.arguments | a.tiny) if tiny else a for a in (ATTEMPTS[n] for n in found)]
+    return [_varied(ATTEMPTS[n], tiny, encoder, width) for n in found]
+
+def _varied(attempt: Attempt, tiny: bool, encoder: str, width: int) -> Attempt:
+    "An attempt with another network of its kind."
+    own, title = attempt.arguments | (attempt.tiny if tiny else {}), attempt.title + " (tiny)" * tiny
+    if encoder and "encoder" in own: own, title = own | dict(encoder=encoder), attempt.title.replace("ResNet34", encoder)
+    if width and attempt.builder == "unet": own, title = own | dict(width=width), f"{attempt.title} ({width} channels)"
+    return replace(attempt, title=title, arguments=own)
 
 def budgets_of(
     choice: int | str, # 12, "5,12,24" or "all"
@@ -108,7 +117,7 @@ class Study:
     ema: float = 0.           # decay of averaged weights; 0: none
     lr: float = 0.            # 0: the attempt's own
     bs: int = 0               # 0: the attempt's own
-    weights: str = ""         # of ResNet34: "", imagenet, auto, a file
+    weights: str = ""         # of the encoder of 2 and 3: "", imagenet, auto, a file
     sam_weights: str = ""     # of SAM: "", sam, auto, a file
     amp: str = "auto"
     accum: int = 1
