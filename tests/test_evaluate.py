@@ -14,12 +14,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from aerial_nb.data.catalog import samples_from, synthetic_samples
+from aerial_nb.data.loaders import Stats
 from aerial_nb.data.raster import DataError, write_raster
 from aerial_nb.data.splits import ensure_split, split_hash
 from aerial_nb.models.zoo import build
 from aerial_nb.scenes import evaluate as module
 from aerial_nb.scenes.crosstable import cross_table, plot_cross, read_cell, to_markdown, transfer
 from aerial_nb.scenes.evaluate import How, count_one, evaluate, read_map
+from aerial_nb.scenes.predict import predictor
 from aerial_nb.scenes.provenance import doubts, find_model, part_of, same_files, with_seen
 from aerial_nb.scenes.scale import bring_back, predict_scaled, rescale, scale_factor, wanted_gsd
 from aerial_nb.scenes.scoring import empty_images, expected_error, reliability, score_intervals, with_rates
@@ -184,6 +186,11 @@ def test_an_evaluation_scores_what_was_predicted(tmp_path, scenes):
         judged, probs = found.tiles[row.image], read_map(found.folder, row.image)
         pred = probs >= .5
         assert row.tp == (pred & (judged.target == 1)).sum() and row.tp + row.fp + row.fn + row.tn == 96 * 96
+    network, card = find_model(tmp_path / "model").load(), find_model(tmp_path / "model").card
+    answer = predictor(network, Stats(card.mean, card.std))
+    judged = found.tiles["scene_0_000"]
+    direct = predict_scaled(answer, np.asarray(judged.pixels), np.asarray(judged.valid), 64, .5)
+    np.testing.assert_allclose(read_map(found.folder, "scene_0_000"), direct, atol=1 / 254)   # the saved normalisation, 8 bits
     at = found.curve.table(.5).set_index("image")
     assert (at.tp == found.counts.set_index("image").tp).all()
     record = json.loads(json.dumps(found.record()))
@@ -203,7 +210,9 @@ def test_reading_ones_own_test_images_is_counted_in_the_run_that_trained(tmp_pat
     assert list(found.counts.seen.unique()) == ["test"] and not found.doubts
     evaluate(model, scenes, tmp_path / "ev2", How(), "drawn", cache=tmp_path / "cache")
     assert len(json.loads((run.path / "test_read.json").read_text())["readings"][0]["again"]) == 1
+    assert "was counted in run train_x/own" in " ".join(found.remarks())
     everything = evaluate(model, scenes, tmp_path / "ev3", How(split="all"), "drawn", cache=tmp_path / "cache")
+    assert any(r.startswith("**No result:**") for r in everything.remarks())
     assert not everything.record()["is_result"] and "were trained on" in everything.doubts[0]
     chosen = evaluate(model, scenes, tmp_path / "ev4", How(split="valid"), "drawn", cache=tmp_path / "cache")
     assert chosen.counted_in == "" and "choose" in chosen.doubts[0]
@@ -236,6 +245,7 @@ def test_images_without_labels_or_pixel_size(tmp_path, scenes):
     assert set(evaluate(model, bare, tmp_path / "c", How(data_gsd_m=1.), cache=tmp_path / "cache").counts.factor) == {2.}
     native = evaluate(model, bare, tmp_path / "d", How(gsd="native"), cache=tmp_path / "cache")
     assert set(native.counts.factor) == {1.} and set(native.counts.buffer_px) == {3.}
+    assert "unknown: lengths count pixels" in native.remarks()[0] and "own pixel size" in native.remarks()[1]
 
 
 def test_labels_of_one_class_are_said_and_never_a_silent_nan(tmp_path):
@@ -274,7 +284,7 @@ def test_calibration_of_sure_and_of_honest_probabilities():
     assert expected_error(honest) < .02 and reliability(honest).pixels.sum() == probs.size
     wrong = ThresholdCurve(bins=256); wrong.add(np.ones((30, 30)), np.zeros((30, 30), "uint8"), "a")
     assert expected_error(wrong) > .95
-    assert empty_images(pd.DataFrame([dict(tp=1, fp=1, fn=1, tn=1)])) == ["All 1 images hold positive and negative pixels."]
+    assert empty_images(pd.DataFrame([dict(tp=1, fp=1, fn=1, tn=1)])) == ["Every image (1) holds positive pixels."]
 
 
 # the cross table

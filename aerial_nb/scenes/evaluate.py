@@ -275,6 +275,23 @@ def record(self: Evaluation) -> dict:
                 calibration_error=expected_error(self.curve), colour_shift=self.shift, empty=empty_images(self.counts),
                 counted_in=self.counted_in, scores={k: plain(v) for k, v in self.intervals().items()})
 
+# %% ../../nbs/scenes/evaluate.ipynb #f3081e41
+@patch
+def remarks(self: Evaluation) -> list[str]:
+    "What the scores rest on, in sentences."
+    card, factors, buffers = self.model.card, sorted(set(self.counts.factor.round(4))), sorted(set(self.counts.buffer_px))
+    reach = ", ".join(f"{b:g}" for b in buffers)
+    unknown = int(self.counts.gsd_m.isna().sum())
+    said = [f"Relaxed scores forgive {self.how.buffer_m:g} m ({reach} px)." if not unknown else
+            f"The pixel size of {unknown} of {len(self.counts)} images is unknown: lengths count pixels there, and relaxed scores forgive {reach} px."]
+    if factors == [1.]: said.append("The network saw the images at their own pixel size.")
+    else: said.append(f"The network saw the images with their sides times {', '.join(f'{f:g}' for f in factors)}; its answer "
+                      "was brought back and scored on the images' own pixels.")
+    said += empty_images(self.counts) + [f"**No result:** {d}." for d in self.doubts]
+    if self.counted_in: said.append(f"The reading of these images ({len(self.counts)}) was counted in {self.counted_in}.")
+    if self.shift: said.append(f"Mean colours lie {', '.join(f'{s:+.2f}' for s in self.shift)} standard deviations from the training data, by band.")
+    return said + ([] if card.mean else ["The model's card has no normalisation: it saw the values of the files."])
+
 # %% ../../nbs/scenes/evaluate.ipynb #fac6ec93
 @patch
 def plot(self: Evaluation):

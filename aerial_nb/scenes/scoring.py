@@ -64,7 +64,7 @@ def empty_images(
     if ((table.fp + table.tn) == 0).all(): said.append("Every labelled pixel is positive: precision is 1 whatever is predicted.")
     if quiet.any(): said.append(f"{quiet.sum()} of {len(table)} images are empty in label and prediction: they have no IoU and are left out of means per image.")
     if (none & ~quiet).any(): said.append(f"{(none & ~quiet).sum()} of {len(table)} images are empty in the label only: their IoU is 0.")
-    return said or [f"All {len(table)} images hold positive and negative pixels."]
+    return said or [f"Every image ({len(table)}) holds positive pixels."]
 
 # %% ../../nbs/scenes/scoring.ipynb #f59bd127
 def reliability(
