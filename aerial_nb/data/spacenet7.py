@@ -27,7 +27,7 @@ from .catalog import open_samples
 from .maskfiles import Job, Setup, make_mask
 from .raster import DataError, read_pixels, write_raster
 from .readers import SPACENET7_VALID, noted, spacenet7, spacenet7_root
-from .splits import split_by_city, split_by_scene
+from .splits import SPLITS, split_by_city, split_by_scene
 from .table import VECTORS, few, has_rasters, list_rasters, make_table, place_rows, sample_key
 from ..settings import settings
 
@@ -258,7 +258,7 @@ def open_buildings(
 def three_parts(
     samples: pd.DataFrame,  # samples table
     nine: str = "valid",    # what the nine named scenes are: valid, or test
-    share: float = .2,      # of the other scenes, for the part that is not named
+    share: float = .2,      # of the other scenes, for the part that is not named; without named ones first for the test, then of the rest for validation
     by: str = "scene",      # for data without named scenes: scene, or a column such as place
     seed: int = 0,
 ) -> pd.DataFrame: # with train, valid and test; raises DataError where there are too few scenes
@@ -266,17 +266,14 @@ def three_parts(
     if nine not in ("valid", "test"): raise DataError(f"the nine named scenes can be valid or test, not '{nine}'")
     if not 0 < share < 1: raise DataError(f"share must lie between 0 and 1, got {share}")
     named = samples.scene.isin(SPACENET7_VALID)
-    if by != "scene": return split_by_city(samples, by, (1 - 2 * share, share, share), seed) if share < .5 else _too_much(share)
+    fractions = ((1 - share)**2, (1 - share) * share, share)
+    if by != "scene": return split_by_city(samples, by, fractions, seed)
     if not named.any():
-        if set(samples.split) >= {"train", "valid", "test"}: return samples
-        return split_by_scene(samples, (1 - 2 * share, share, share), seed) if share < .5 else _too_much(share)
+        return samples if set(samples.split) >= {"train", "valid", "test"} else split_by_scene(samples, fractions, seed)
+    if named.all(): raise DataError(f"all {samples.scene.nunique()} scenes are among the nine: there is nothing to train on; fetch others, too")
     rest = split_by_scene(samples[~named], (1 - share, 0, share) if nine == "valid" else (1 - share, share, 0), seed)
-    order = [c for c in ("split", "scene", "month") if c in samples]
-    both = pd.concat([samples[named].assign(split=nine), rest])
-    rank = both.split.map(dict(train=0, valid=1, test=2))
-    return both.assign(split_rank=rank).sort_values(["split_rank", *order[1:]], kind="stable").drop(columns="split_rank").reset_index(drop=True)
-
-def _too_much(share): raise DataError(f"share={share:g} for each of validation and test leaves nothing to train on; take less than 0.5")
+    both = pd.concat([rest, samples[named].assign(split=nine)])
+    return both.iloc[both.split.map(SPLITS.index).argsort(kind="stable")].reset_index(drop=True)
 
 # %% ../../nbs/data/spacenet7.ipynb #c609ff24
 def first_months(

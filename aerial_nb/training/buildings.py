@@ -163,8 +163,9 @@ def object_labels(
         lone = np.where(seeded[parts], 0, parts)
         lone[lone > 0] += markers.max()
         parts = watershed(-safe, markers + lone, mask=parts > 0).astype(np.int32)
-    if min_px > 1: parts = np.where(np.bincount(parts.ravel())[parts] >= min_px, parts, 0)
-    return parts
+    sizes = np.bincount(parts.ravel())
+    kept = (sizes >= max(min_px, 1)) & (np.arange(len(sizes)) > 0)
+    return np.where(kept, kept.cumsum(), 0).astype(np.int32)[parts]
 
 # %% ../../nbs/training/buildings.ipynb #78aaebaa
 def true_objects(
