@@ -141,7 +141,7 @@ def budget_curve(
     "What more labels buy, attempt by attempt."
     budgets = sorted(table["budget"].unique())
     if len(budgets) < 2: raise ValueError(f"one budget ({budgets[0]} tiles) is no curve: give several, such as 5,12,24")
-    fig, ax = plt.subplots(figsize=(5.6, 3.4), dpi=72, layout="constrained")
+    fig, ax = plt.subplots(figsize=(5.6, 3.8), dpi=72, layout="constrained")
     groups = list(table.sort_values("budget").groupby("attempt"))
     for k, (_, rows) in enumerate(groups):
         x = rows["budget"].to_numpy(float) * 1.03 ** (k - (len(groups) - 1) / 2)
@@ -153,7 +153,8 @@ def budget_curve(
         ax.plot(x, [i.value for i in valid], color=colour, ls="--", lw=1, alpha=.8)
     ax.set_xscale("log"); ax.set_xticks(budgets, [str(b) for b in budgets]); ax.minorticks_off()
     ax.set(xlabel="labelled training tiles", ylabel="IoU" if statistic == "iou" else statistic, title=_points(table[f"test_{statistic}"]) + " and validation (dashed)")
-    ax.title.set_fontsize(9); ax.legend(fontsize=8, frameon=False); ax.spines[["top", "right"]].set_visible(False); ax.grid(axis="y", alpha=.25)
+    ax.title.set_fontsize(9); ax.spines[["top", "right"]].set_visible(False); ax.grid(axis="y", alpha=.25)
+    fig.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return fig
 
 # %% ../../nbs/training/study.ipynb #c6ce5cb8
@@ -187,7 +188,7 @@ def prediction_grid(
     for line, tile in zip(axes, tiles.itertuples(), strict=True):
         j = named[tile.image]
         line[0].imshow(_labelled(j)); add_scale_bar(line[0], gsd_m)
-        line[0].set_ylabel(f"{tile.group}\n{str(tile.image)[-25:]}", fontsize=7)
+        line[0].set_ylabel(f"{tile.group}\n{str(tile.image)[:28]}", fontsize=6)
         for ax, t in zip(line[1:], shown, strict=True):
             probs, row = read_prediction(t.result.folder, j), t.result.counts.set_index("image").loc[[tile.image]]
             ax.imshow(error_overlay(j.pixels, np.nan_to_num(probs) >= t.result.threshold, np.where(np.isnan(probs), IGNORE, j.target)))
