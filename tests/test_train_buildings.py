@@ -24,7 +24,7 @@ def papermill(folder: Path, **params) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("buildings")
-    done = papermill(folder, epochs=2, crops=4, size=32, find_lr=0)
+    done = papermill(folder, epochs=2, crops=4, size=32, freeze_epochs=1, encoder_lr=0.1)
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = (folder / "runs/train_buildings").iterdir()
     return folder, RunFolder.open(path)
@@ -45,6 +45,7 @@ def test_the_best_epoch_by_iou_is_the_best_by_dice(finished):
         history = arm.history.dropna(subset="valid_iou")
         assert history.valid_iou.idxmax() == history.valid_f1.idxmax()
         record = json.loads((arm.path / "arm.json").read_text())["record"]
+        assert json.loads((arm.path / "model.json").read_text())["extra"]["recipe"]["freeze_epochs"] == 1
         assert history.epoch[history.valid_iou.idxmax()] == record["best_epoch"]
 
 
