@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from aerial_nb.training.launch import plan_run
 from aerial_nb.training.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -63,3 +64,9 @@ def test_what_is_impossible_is_refused_before_anything_is_made(tmp_path):
     done = papermill(tmp_path, epoch=9, size=0, whole="pad", ema=1.5)
     assert done.returncode != 0 and not (tmp_path / "runs").exists()
     for says in ("unknown parameter 'epoch'; did you mean 'epochs'", "size is 0", "whole is 'pad'", "ema is 1.5"): assert says in done.stderr, says
+
+
+def test_one_number_is_a_list_of_one_on_the_command_line(tmp_path):
+    run, given = plan_run(ROOT / "nbs/train_roofs.ipynb", dict(attempt=2, budget=5, size=64), tmp_path)
+    run.release()
+    assert given == dict(attempt="2", budget="5", size=64) and run.params["budget"] == "5"

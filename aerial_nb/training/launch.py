@@ -78,6 +78,8 @@ def plan_run(
     "Check everything that can be checked, then make or open the run folder."
     defaults = notebook_parameters(notebook)
     kinds = {k: type(v) if isinstance(v, (bool, int, float, str)) else None for k, v in defaults.items()}
+    lists = {k for k, v in defaults.items() if isinstance(v, str) and re.fullmatch(r"\d+(,\d+)*", v)}   # as "5,12"; `-p budget 5` is one of it
+    given = {k: str(v) if k in lists and type(v) is int else v for k, v in given.items()}
     check_parameters(defaults | given, kinds)
     experiment = Path(notebook).stem
     if not given.get("resume"): return RunFolder.create(experiment, defaults | given, runs), given
