@@ -9,6 +9,8 @@ __all__ = ['SCORES', 'GRAPH_SCORES', 'with_rates', 'by_scene', 'score_intervals'
            'plot_curve', 'plot_scenes']
 
 # %% ../../nbs/scenes/scoring.ipynb #d0546ab6
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
@@ -51,7 +53,8 @@ def score_intervals(
     if "object_tp" in table:
         objects = table[["image", "scene"]].assign(tn=0, **{k: table[f"object_{k}"] for k in ("tp", "fp", "fn")})
         found |= {f"object_{s}": bootstrap_ci(objects, s, level=level) for s in ("f1", "precision", "recall")}
-    return found | {s: bootstrap_ci(table, s, level=level) for s in GRAPH_SCORES if s in table}
+    graphs = {s: bootstrap_ci(table, s, level=level) for s in GRAPH_SCORES if s in table}
+    return found | {s: replace(i, low=float(np.clip(i.low, 0, 1)), high=float(np.clip(i.high, 0, 1))) for s, i in graphs.items()}
 
 def empty_images(
     table: pd.DataFrame, # of counts
