@@ -80,7 +80,8 @@ def test_looking_for_a_rate_does_not_change_the_run(made, tmp_path):
 
 
 def test_an_arm_with_more_months_differs_in_training_only(made):
-    samples, task, tiling = made
+    samples, _, tiling = made
+    task = covering_task(first_months(samples, 1), 32, 2, RECIPE, dict(width=8, classes=2), tiling)
     both = with_training(task, samples, 2, tiling)
     assert len(both.dls.train.dataset.store) == 2 * len(task.dls.train.dataset.store) and len(both.dls.train) == len(task.dls.train)
     assert both.choose_on is task.choose_on and both.score_on is task.score_on and both.stats == both.dls.stats
