@@ -188,3 +188,9 @@ def test_stopping_comes_from_waiting_across_a_resume(dls, tmp_path):
     trained(dls, recipe, tmp_path / "parts", kill=rows - 2)
     trained(dls, recipe, tmp_path / "parts")
     assert len(Folder(tmp_path / "parts").history) == rows
+
+
+def test_waiting_begins_when_the_encoder_is_released(dls, tmp_path):
+    recipe = Recipe(epochs=12, lr=1e-12, schedule="flat", patience=2, freeze_epochs=6, loss="bce", best_by="loss")
+    trained(dls, recipe, tmp_path / "arm")
+    assert 8 <= len(Folder(tmp_path / "arm").history) <= 12

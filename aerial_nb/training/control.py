@@ -87,14 +87,17 @@ class Plateau(Callback):
 class StopEarly(Callback):
     "Ends the training when validation has not risen for `patience` validations; the best weights are in the checkpoint."
     order = 74   # after History, and before Checkpoint, which keeps what is counted here
-    def __init__(self, patience: int, by: str = "iou"):
-        self.patience, self.by, self.kept = patience, by, dict(best=None, waited=0, stopped=False)
+    def __init__(self,
+        patience: int,    # validations without a rise that end it
+        by: str = "iou",  # iou or loss
+        first: int = 0,   # epochs before the waiting begins, as while an encoder is frozen
+    ): self.patience, self.by, self.first, self.kept = patience, by, first, dict(best=None, waited=0, stopped=False)
 
     def after_epoch(self):
         worth = merit(self.learn.history.row, self.by)
         if worth is None: return
         better = self.kept["best"] is None or worth > self.kept["best"]
-        waited = 0 if better else self.kept["waited"] + 1
+        waited = 0 if better or self.epoch < self.first else self.kept["waited"] + 1
         self.kept = dict(best=worth if better else self.kept["best"], waited=waited, stopped=waited >= self.patience)
 
     def before_epoch(self):

@@ -58,7 +58,7 @@ class Recipe:
     accum: int = 1                # batches per optimiser step
     valid_every: int = 1          # epochs from one validation to the next
     best_by: str = "iou"          # what the kept weights are best by, on validation: iou or loss
-    patience: int = 0             # validations without a rise before the training stops; 0: never
+    patience: int = 0             # validations without a rise, after the encoder is released, before the training stops; 0: never
     ema: float = 0.               # decay of averaged weights, which are then validated and kept; 0: none
     freeze_epochs: int = 0        # epochs in which the encoder stands still
     encoder_lr: float = 1.        # rate of the encoder, in rates of the rest
@@ -108,7 +108,7 @@ def _callbacks(recipe: Recipe, folder: Folder, seed: int, checkpoint_s: float, d
     if recipe.accum > 1: cbs.append(GradientAccumulation(recipe.accum * bs))
     if recipe.freeze_epochs: cbs.append(FreezeEncoder(recipe.freeze_epochs))
     if recipe.schedule == "plateau": cbs.append(Plateau(patience=recipe.plateau, by=recipe.best_by))
-    if recipe.patience: cbs.append(StopEarly(recipe.patience, recipe.best_by))
+    if recipe.patience: cbs.append(StopEarly(recipe.patience, recipe.best_by, recipe.freeze_epochs))
     if recipe.ema: cbs.append(AverageWeights(recipe.ema))
     return cbs
 
