@@ -8,6 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from notebooks import play
+
+from aerial_nb.training.parameters import ParameterError
 from aerial_nb.training.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -62,8 +65,7 @@ def test_figures_are_there(finished):
 
 
 def test_impossible_parameters_are_refused_before_any_data(tmp_path):
-    done = papermill(tmp_path, epoch=3, share=2.0, nine="train", loss="dice")
-    assert done.returncode != 0 and not (tmp_path / "runs").exists()
-    for says in ("did you mean 'epochs'", "share is 2.0", "nine is 'train'", "loss is 'dice'"): assert says in done.stderr, says
-    done = papermill(tmp_path, class_weights="0,1")
-    assert done.returncode != 0 and "takes a class out" in done.stderr and not (tmp_path / "runs").exists()
+    with pytest.raises(ParameterError) as refused: play("train_buildings.ipynb", tmp_path, epoch=3, share=2.0, nine="train", loss="dice")
+    for says in ("did you mean 'epochs'", "share is 2.0", "nine is 'train'", "loss is 'dice'"): assert says in str(refused.value), says
+    with pytest.raises(ValueError, match="takes a class out"): play("train_buildings.ipynb", tmp_path, class_weights="0,1")
+    assert not (tmp_path / "runs").exists()

@@ -8,7 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from notebooks import play
+
 from aerial_nb.training.launch import plan_run
+from aerial_nb.training.parameters import ParameterError
 from aerial_nb.training.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -61,9 +64,9 @@ def test_figures_are_there_and_name_no_machine(finished):
 
 
 def test_what_is_impossible_is_refused_before_anything_is_made(tmp_path):
-    done = papermill(tmp_path, epoch=9, size=0, whole="pad", ema=1.5)
-    assert done.returncode != 0 and not (tmp_path / "runs").exists()
-    for says in ("unknown parameter 'epoch'; did you mean 'epochs'", "size is 0", "whole is 'pad'", "ema is 1.5"): assert says in done.stderr, says
+    with pytest.raises(ParameterError) as refused: play("train_roofs.ipynb", tmp_path, epoch=9, size=0, whole="pad", ema=1.5)
+    for says in ("unknown parameter 'epoch'; did you mean 'epochs'", "size is 0", "whole is 'pad'", "ema is 1.5"): assert says in str(refused.value), says
+    assert not (tmp_path / "runs").exists()
 
 
 def test_one_number_is_a_list_of_one_on_the_command_line(tmp_path):

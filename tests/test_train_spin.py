@@ -11,7 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aerial_nb.data.raster import write_raster
+from notebooks import play
+
+from aerial_nb.data.raster import DataError, write_raster
+from aerial_nb.training.parameters import ParameterError
 from aerial_nb.training.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -82,10 +85,9 @@ def test_directions_are_learned_shown_and_recorded(tmp_path):
 
 
 def test_unknown_and_impossible_parameters_are_refused_together(tmp_path):
-    done = papermill(tmp_path, epoch=200, epochs=-3, protocol="fit", models="hourglass,spinn")
-    assert done.returncode != 0
+    with pytest.raises(ParameterError) as refused: play("train_spin.ipynb", tmp_path, epoch=200, epochs=-3, protocol="fit", models="hourglass,spinn")
     for says in ("unknown parameter 'epoch'; did you mean 'epochs'", "epochs is -3", "protocol is 'fit'", "did you mean spin"):
-        assert says in done.stderr, says
+        assert says in str(refused.value), says
     assert not (tmp_path / "runs").exists()
 
 
@@ -112,15 +114,13 @@ def test_every_broken_file_is_named_before_training(tmp_path):
 
 
 def test_a_missing_folder_and_one_without_roads(tmp_path):
-    done = papermill(tmp_path, data="nowhere")
-    assert done.returncode != 0 and "nowhere: no such folder" in done.stderr
+    with pytest.raises(DataError, match="nowhere: no such folder"): play("train_spin.ipynb", tmp_path, "open_samples(", data="nowhere")
     fields = tmp_path / "fields"
     for part in ("images", "masks"): (fields / part).mkdir(parents=True)
     for i in range(3):
         write_raster(fields / f"images/{i}.tif", np.random.default_rng(i).integers(1, 250, (3, 160, 160), dtype="uint8"))
         write_raster(fields / f"masks/{i}.tif", np.zeros((1, 160, 160), "uint8"))
-    done = papermill(tmp_path, data=str(fields), limit=0)
-    assert done.returncode != 0 and "positive" in done.stderr and "ask for less" in done.stderr
+    with pytest.raises(DataError, match="(?s)positive.*ask for less"): play("train_spin.ipynb", tmp_path, "open_samples(", data=str(fields), size=64, limit=0)
 
 
 def test_a_kill_in_mid_epoch_then_resume_gives_the_same_curve(tmp_path):

@@ -9,7 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
+from notebooks import play
+
 from aerial_nb.models.zoo import build
+from aerial_nb.training.parameters import ParameterError
 from aerial_nb.training.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -27,10 +30,6 @@ def call(program: list, folder: Path, cache: Path, **params) -> subprocess.Compl
                             HF_HUB_CACHE=str(folder / "hub"), HF_HUB_OFFLINE="1")
     given = [part for k, v in (SMALL | params).items() for part in ("-p", k, str(v))]
     return subprocess.run([*program, *given], cwd=folder, env=env, capture_output=True, text=True, timeout=400)
-
-
-def papermill(folder: Path, cache: Path, **params) -> subprocess.CompletedProcess:
-    return call([sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "out.ipynb"), "--no-progress-bar"], folder, cache, **params)
 
 
 def only_run(folder: Path) -> RunFolder:
@@ -99,20 +98,17 @@ def test_the_page_says_where_the_weights_are_from(run_of_four):
 
 # ---- refused before training
 
-def refused(folder: Path, cache: Path, *says: str, **params) -> None:
+def refused(folder: Path, kind: type, *says: str, until: str = "check_parameters(", **params) -> None:
     "Ends with these words, and has trained nothing."
-    done = papermill(folder, cache, **params)
-    assert done.returncode != 0
-    for words in says: assert words in done.stderr, (words, done.stderr[-1500:])
-    assert not list(folder.rglob("history.csv"))
+    with pytest.raises(kind) as error: play("train_unet.ipynb", folder, until, **SMALL | params)
+    for words in says: assert words in str(error.value), (words, error.value)
+    assert not (folder / "runs").exists()
 
 
-def test_unknown_and_impossible_values_are_refused_together(tmp_path, cache):
-    refused(tmp_path, cache, "unknown parameter 'epoch'; did you mean 'epochs'", "epochs is 0", "did you mean published", "decoder_dropout is 1.5",
+def test_unknown_and_impossible_values_are_refused_together(tmp_path):
+    refused(tmp_path, ParameterError, "unknown parameter 'epoch'; did you mean 'epochs'", "epochs is 0", "did you mean published", "decoder_dropout is 1.5",
             "bs is -1", "lr is 'fast'", epoch=3, epochs=0, recipes="publishd,ours", decoder_dropout=1.5, bs=-1, lr="fast")
-    assert not (tmp_path / "runs").exists()
 
 
-def test_a_missing_file_of_weights_is_named(tmp_path, cache):
-    refused(tmp_path, cache, "weights/none.pth", "there is no such file", "or a file", weights="random,weights/none.pth")
-    assert not (tmp_path / "runs").exists()
+def test_a_missing_file_of_weights_is_named(tmp_path):
+    refused(tmp_path, ValueError, "weights/none.pth", "there is no such file", "or a file", until="settle_starts(", weights="random,weights/none.pth")
