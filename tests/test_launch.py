@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from papermill.cli import _resolve_type
@@ -287,6 +288,15 @@ def test_too_much_is_refused_and_leaves_nothing(done, tmp_path):
     with pytest.raises(ValueError, match="has no figure z.png; it has a.png"): publish(done, figures=["z"], results=tmp_path / "results")
     assert not snapshot(tmp_path / "results") and not list(tmp_path.glob("results/*/.*"))
     assert sorted(p.name for p in publish(done, figures=["a", "b.png"], results=tmp_path / "results").glob("figures/*")) == ["a.png", "b.png"]
+
+
+def test_a_large_figure_is_published_small(done, tmp_path):
+    from PIL import Image
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype="uint8").repeat(6, 0).repeat(6, 1)
+    Image.fromarray(noise ^ np.random.default_rng(1).integers(0, 7, noise.shape, dtype="uint8")).save(done / "figures/curves.png")
+    kept = publish(done, results=tmp_path / "results") / "figures/curves.png"
+    assert (done / "figures/curves.png").stat().st_size > 300_000 and kept.stat().st_size <= 120_000
+    with Image.open(kept) as picture: assert picture.width / picture.height == pytest.approx(4 / 3, abs=.02)
 
 
 def test_an_unfinished_run_is_no_result(tmp_path, capsys):

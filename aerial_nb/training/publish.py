@@ -73,6 +73,20 @@ def _figures(run: RunFolder, wanted: list[str]) -> list[Path]:
     if len(names) > FIGURES: raise ValueError(f"a record has at most {FIGURES} figures: choose with --figure among {', '.join(there)}")
     return [there[n] for n in names]
 
+def _copy_figure(source: Path, target: Path, most_kb: int = 120):
+    "A figure as it is, or in 256 colours and smaller where it would fill the record."
+    from PIL import Image, UnidentifiedImageError
+    data = source.read_bytes()
+    try: picture = Image.open(source).convert("RGB") if len(data) > most_kb * 1000 else None
+    except UnidentifiedImageError: picture = None   # copied, and counted with the record
+    share = 1.
+    while picture and len(data) > most_kb * 1000:
+        sides = [max(1, round(side * share)) for side in picture.size]
+        raw = io.BytesIO()
+        picture.resize(sides, Image.Resampling.LANCZOS).quantize(256, dither=Image.Dither.NONE).save(raw, "png", optimize=True)
+        data, share = raw.getvalue(), share * .85
+    target.write_bytes(data)
+
 def _write_record(run: RunFolder, folder: Path, figures: list[Path], dirty: bool, root: Path):
     "The record of a run, in a new folder."
     for name in ("params.json", "env.json", "metrics.json", "test_read.json"):
@@ -81,7 +95,7 @@ def _write_record(run: RunFolder, folder: Path, figures: list[Path], dirty: bool
     for file in [*run.path.glob("*.csv"), *run.path.glob("arms/*/history.csv")]:
         write_text(folder / file.relative_to(run.path), _clean_history(file, root))
     if figures: (folder / "figures").mkdir()
-    for file in figures: shutil.copyfile(file, folder / "figures" / file.name)
+    for file in figures: _copy_figure(file, folder / "figures" / file.name)
     write_json(folder / "record.json", dict(experiment=run.experiment, run=run.id, dirty=dirty, figures=[f.name for f in figures]))
 
 # %% ../../nbs/training/publish.ipynb #3284b05e
