@@ -293,7 +293,7 @@ def test_too_much_is_refused_and_leaves_nothing(done, tmp_path):
 def test_a_large_figure_is_published_small(done, tmp_path):
     from PIL import Image
     noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype="uint8").repeat(6, 0).repeat(6, 1)
-    Image.fromarray(noise ^ np.random.default_rng(1).integers(0, 7, noise.shape, dtype="uint8")).save(done / "figures/curves.png")
+    Image.fromarray(noise ^ np.random.default_rng(1).integers(0, 31, noise.shape, dtype="uint8")).save(done / "figures/curves.png")
     kept = publish(done, results=tmp_path / "results") / "figures/curves.png"
     assert (done / "figures/curves.png").stat().st_size > 300_000 and kept.stat().st_size <= 120_000
     with Image.open(kept) as picture: assert picture.width / picture.height == pytest.approx(4 / 3, abs=.02)
