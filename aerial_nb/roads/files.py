@@ -289,7 +289,7 @@ def write_wkt(
     for name, graph in graphs.items():
         bare = RoadGraph(_in_pixels(graph, path).nodes, graph.edges)
         lines = bare.to_geodataframe(merge=True).geometry.to_numpy()
-        wkt = shapely.to_wkt(lines, rounding_precision=-1) if len(lines) else ["LINESTRING EMPTY"]
+        wkt = shapely.to_wkt(lines, rounding_precision=30) if len(lines) else ["LINESTRING EMPTY"]
         rows += [(name, line) for line in wkt]
     pd.DataFrame(rows, columns=["ImageId", "WKT_Pix"]).to_csv(path, index=False)
     return path
