@@ -20,7 +20,8 @@ from aerial_nb.data.raster import DataError, write_raster
 from aerial_nb.models.zoo import build
 from aerial_nb.scenes import rasters, rowfile
 from aerial_nb.scenes.provenance import find_model
-from aerial_nb.scenes.rasters import Eye, Look, Seer, aerial_predict, eye_of, predict_raster, to_levels
+from aerial_nb.scenes.eyes import Eye, Look, eye_of, to_levels
+from aerial_nb.scenes.rasters import Seer, aerial_predict, predict_raster
 from aerial_nb.scenes.rowfile import open_rows
 from aerial_nb.scenes.scale import predict_scaled, rescale
 from aerial_nb.scenes.windowmap import batches, cover, map_windows, resample, taps
@@ -409,7 +410,8 @@ def test_the_command(tmp_path, caplog):
 PEAK = """
 import resource, sys, time
 import numpy as np
-from aerial_nb.scenes.rasters import Eye, Look, predict_raster
+from aerial_nb.scenes.eyes import Eye, Look
+from aerial_nb.scenes.rasters import predict_raster
 from aerial_nb.training.saved import ModelCard
 eye = Eye("mean", ModelCard("none"), "1", lambda device: lambda pixels, valid: (pixels.mean(1, dtype="float32") / 255))
 start = time.process_time()
