@@ -22,12 +22,13 @@ from aerial_nb.scenes import evaluate as module
 from aerial_nb.scenes.crosstable import cross_table, plot_cross, read_cell, to_markdown, transfer
 from aerial_nb.scenes.evaluate import How, count_one, evaluate, read_map
 from aerial_nb.scenes.predict import predictor
-from aerial_nb.scenes.provenance import doubts, find_model, part_of, same_files, with_seen
+from aerial_nb.scenes.provenance import division_of, doubts, find_model, part_of, same_files, with_seen
 from aerial_nb.scenes.scale import bring_back, predict_scaled, rescale, scale_factor, wanted_gsd
 from aerial_nb.scenes.scoring import empty_images, expected_error, reliability, score_intervals, with_rates
 from aerial_nb.training.metrics import ThresholdCurve
 from aerial_nb.training.runs import RunFolder
-from aerial_nb.training.saved import save_model
+from aerial_nb.training.recipes import divide
+from aerial_nb.training.saved import ModelCard, save_model
 from aerial_nb.training.tasks import Judged
 
 matplotlib.use("Agg")
@@ -351,3 +352,18 @@ def test_the_notebook_runs_and_leaves_tables_figures_and_a_record(tmp_path, scen
     assert {"images.csv", "scenes.csv", "predictions", "test_read.json", "evaluate.ipynb"} <= {p.name for p in path.iterdir()}
     assert {"threshold", "scenes", "gallery", "errors", "cross_table"} <= {p.stem for p in (path / "figures").glob("*.png")}
     assert "smoke" not in run.metrics["model"]
+
+
+def test_the_division_of_each_experiment_is_found_again(tmp_path):
+    rng = np.random.default_rng(0)
+    for part in ("images", "masks"): (tmp_path / part).mkdir()
+    for i in range(10):
+        write_raster(tmp_path / f"images/tile_{i:04}.tif", rng.integers(1, 250, (3, 32, 32), dtype="uint8"))
+        write_raster(tmp_path / f"masks/tile_{i:04}.tif", rng.integers(0, 2, (1, 32, 32), dtype="uint8"))
+    samples = samples_from(tmp_path / "images", tmp_path / "masks")
+    for way in (ensure_split, divide):
+        table = way(samples)
+        found = division_of(ModelCard("unet", split_hash=split_hash(table)), samples)
+        assert found is not None and found.split.tolist() == table.split.tolist()
+    assert division_of(ModelCard("unet", split_hash="0" * 16), samples) is None
+    assert division_of(ModelCard("unet"), samples) is None

@@ -122,9 +122,11 @@ def same_files(
 # %% ../../nbs/scenes/provenance.ipynb #d3f7e5ec
 def _divisions(samples: pd.DataFrame, params: dict):
     "The divided tables that a run may have made of these samples."
+    from aerial_nb.training.recipes import divide   # of train_unet
     for limit in dict.fromkeys((int(params.get("limit") or 0), 0)):
-        try: yield ensure_split(samples.head(limit or len(samples)).reset_index(drop=True))
-        except (DataError, ValueError): continue
+        for way in (ensure_split, divide):
+            try: yield way(samples.head(limit or len(samples)).reset_index(drop=True))
+            except (DataError, ValueError): continue
 
 def division_of(
     card: ModelCard,
