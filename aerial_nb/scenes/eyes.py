@@ -20,8 +20,7 @@ import rasterio
 from fastcore.basics import patch
 from rasterio.errors import RasterioError
 
-from ..data import raster
-from ..data.raster import DataError
+from ..data.raster import _STRICT, DataError, _colours, _open
 from ..data.windows import Sheet
 from .provenance import SavedModel, find_model
 from .scale import SAME, scale_factor, wanted_gsd
@@ -140,7 +139,7 @@ class Reader:
 
     def sheet(self) -> Sheet:
         if not hasattr(self._mine, "sheet"):
-            self._mine.sheet = Sheet(dict(image=self.image, fill=self.fill), dict(image=raster._open(self.image)), None)
+            self._mine.sheet = Sheet(dict(image=self.image, fill=self.fill), dict(image=_open(self.image)), None)
             self._all.append(self._mine.sheet.image)
         return self._mine.sheet
 
@@ -151,13 +150,13 @@ class Reader:
 def _pixels(sheet: Sheet, window) -> tuple[np.ndarray, np.ndarray]: # raises DataError, RasterioError
     raw = sheet.raw("image", window)
     valid = sheet.valid(raw, None, window)
-    if sheet.palette: return raster._colours(sheet.image, raw[0], valid)[0], valid
+    if sheet.palette: return _colours(sheet.image, raw[0], valid)[0], valid
     return raw[[i - 1 for i in sheet.bands]], valid
 
 @patch
 def read(self: Reader, window) -> tuple: # (bands, h, w) pixels, (h, w) bool valid, damaged blocks as (row, col, height, width)
     "A window, with what could not be read of it as invalid pixels."
-    with rasterio.Env(**raster._STRICT):
+    with rasterio.Env(**_STRICT):
         try: return *_pixels(self.sheet(), window), []
         except (DataError, RasterioError): return _salvaged(self.sheet(), window)
 

@@ -10,7 +10,6 @@ __all__ = ['logger', 'BEST_BY', 'merit', 'encoder_of', 'FreezeEncoder', 'Plateau
 # %% ../../nbs/training/control.ipynb #caab5c58
 import logging
 
-import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
