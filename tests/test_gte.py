@@ -293,14 +293,14 @@ def test_drawn_towns_survive(seed):
     assert in_pixels(back) == in_pixels(town) and len(crossings(back)[0]) == len(crossings(town)[0])
 
 
-def test_stubs_and_small_parts_stay_when_sure_and_go_when_not():
+def test_spurs_and_small_parts_stay_when_sure_and_go_when_not():
     roads = RoadGraph([(x, 60.) for x in range(40, 460, 20)] + [(200., 78), (200, 96), (300, 150), (318, 150)],
                       [(i, i + 1) for i in range(20)] + [(8, 21), (21, 22), (23, 24)])
     tensor = encode(roads, (220, 500))
     assert len(decode(tensor, published=True)) == 20 and len(decode(tensor)) == 23
     weak = tensor.copy()
     for i in (0, *range(2, 26, 4)): weak[i, 70:] *= .3
-    weak[2 + 4 * 3, :, 190:210] *= .3           # the junction's view of the stub
+    weak[2 + 4 * 3, :, 190:210] *= .3           # the junction's view of the spur
     assert len(decode(weak)) == 20 and len(decode(weak, part_px=0, spur_px=0)) == 23
 
 

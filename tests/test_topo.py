@@ -193,7 +193,7 @@ def test_rings_start_under_the_corrected_rules_only(caplog):
     assert topo(both, moved(STREET, 0, 400), gsd_m=1, rules="corrected").coverage < .5
 
 
-def test_a_stub_has_no_start_and_an_edge_between_ends_has_two():
+def test_a_spur_has_no_start_and_an_edge_between_ends_has_two():
     def starts(g, **changes):
         a, b, _ = sides(g, g, 1., None, True)
         return len(lay_starts(a, b, TopoParameters(**changes)))

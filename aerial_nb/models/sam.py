@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from timm.models.vision_transformer_sam import VisionTransformerSAM, checkpoint_filter_fn
+from fastcore.meta import delegates
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -239,7 +240,8 @@ def _encoder(tapped, bands, weights, variant, frozen, unfreeze_blocks, lora_rank
     taps = [i + 1 for i, b in enumerate(vit.blocks) if not b.window_size][:-1] if tapped else ()
     return set_trained(SamEncoder(vit, taps, amp, checkpointing), frozen, unfreeze_blocks, lora_rank), start
 
-def sam_conv(
+def _sam(
+    unet: bool,                # tapped at four depths; else the last map alone
     bands: int = 3, classes: int = 1,
     weights: str | None = "",  # "" random, "sam", "auto", a file, None: silent, to be filled
     variant: str = "vit_b",    # vit_b, vit_l, vit_h, tiny
@@ -250,31 +252,28 @@ def sam_conv(
     width: int = 0,            # channels of the decoder at 1/16 of the size
     checkpointing: bool = False, # less memory, a third more time; where the encoder is trained
     encoder_amp: str = "",     # bf16 or float32 for the encoder; "": as the training computes
-) -> SamConv: # (b, bands, h, w) to logits (b, classes, h, w)
-    "SAM's encoder and a convolutional decoder of a million weights."
-    encoder, start = _encoder(False, bands, weights, variant, frozen, unfreeze_blocks, lora_rank, checkpointing, encoder_amp)
-    model = SamConv(encoder, classes, width or (32 if variant == "tiny" else 256), decoder_dropout)
+) -> nn.Module:
+    "SAM's encoder with one of the decoders."
+    encoder, start = _encoder(unet, bands, weights, variant, frozen, unfreeze_blocks, lora_rank, checkpointing, encoder_amp)
+    width = width or (32 if variant == "tiny" else 256)
+    model = SamUnet(encoder, bands, classes, width, decoder_dropout) if unet else SamConv(encoder, classes, width, decoder_dropout)
     model.weights = start
     return model
 
 # %% ../../nbs/models/sam.ipynb #4432c01f
+@delegates(_sam, but="unet")
+def sam_conv(
+    **kwargs, # plain values, those of `_sam`
+) -> SamConv: # (b, bands, h, w) to logits (b, classes, h, w)
+    "SAM's encoder and a convolutional decoder of a million weights."
+    return _sam(False, **kwargs)
+
+@delegates(_sam, but="unet")
 def sam_unet(
-    bands: int = 3, classes: int = 1,
-    weights: str | None = "",  # "" random, "sam", "auto", a file, None: silent, to be filled
-    variant: str = "vit_b",    # vit_b, vit_l, vit_h, tiny
-    frozen: bool = True,       # False trains the whole encoder
-    unfreeze_blocks: int = 0,  # last blocks to be trained
-    lora_rank: int = 0,        # of detours in the attention of frozen blocks
-    decoder_dropout: float = 0.3, # share of the decoder's channels left out in training
-    width: int = 0,            # channels of the decoder at 1/16 of the size
-    checkpointing: bool = False, # less memory, a third more time; where the encoder is trained
-    encoder_amp: str = "",     # bf16 or float32 for the encoder; "": as the training computes
+    **kwargs, # plain values, those of `_sam`
 ) -> SamUnet: # (b, bands, h, w) to logits (b, classes, h, w)
     "SAM's encoder, tapped at four depths, and a U-Net decoder of six million weights."
-    encoder, start = _encoder(True, bands, weights, variant, frozen, unfreeze_blocks, lora_rank, checkpointing, encoder_amp)
-    model = SamUnet(encoder, bands, classes, width or (32 if variant == "tiny" else 256), decoder_dropout)
-    model.weights = start
-    return model
+    return _sam(True, **kwargs)
 
 # %% ../../nbs/models/sam.ipynb #b11e1c1d
 def feature_rgb(features: torch.Tensor) -> np.ndarray: # (rows, cols, 3) float 0..1

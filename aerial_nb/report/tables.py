@@ -25,6 +25,7 @@ def number(
         return number(value.value) + ends
     if value is None or isinstance(value, float | np.floating) and not np.isfinite(value): return "–"
     if isinstance(value, bool | str | np.bool_): return str(value)
+    if isinstance(value, float | np.floating) and (abs(value) >= 100 or abs(value) > 1 and float(value).is_integer()): value = round(value)
     return f"{value:,}" if isinstance(value, int | np.integer) else f"{value:.3f}"
 
 # %% ../../nbs/report/tables.ipynb #3cac1b7f
@@ -40,10 +41,12 @@ def heading(
     words = [*name.split("_")[:-1], NAMES.get(kind, kind)] + ["per image"] * image
     return " ".join(words) + (f" ({buffer_px:g} px)" if buffer_px is not None and name.startswith("relaxed") else "")
 
+def _many(n: int, what: str) -> str: return f"{n} {what}{'s' * (n != 1)}"
+
 def rests_on(intervals: list[Interval]) -> str:
     "What intervals rest on, in a line; empty where there are none."
     if not intervals: return ""
-    said = {f"{i.scenes} scenes, {i.images} images, {i.seeds} seed{'s' * (i.seeds != 1)}" for i in intervals}
+    said = {f"{_many(i.scenes, 'scene')}, {_many(i.images, 'image')}, {_many(i.seeds, 'seed')}" for i in intervals}
     line = f"{intervals[0].level:.0%} intervals over {' or '.join(sorted(said))}."
     reasons = {i.reason for i in intervals if i.reason}
     if all(i.reason for i in intervals): line = f"On {' or '.join(sorted(said))}."
@@ -79,7 +82,7 @@ def compare_sentence(
 ) -> str:
     "Whether two arms can be told apart, by how much, and on what that rests."
     name, d = heading(difference.statistic, buffer_px), difference
-    on = f"{d.scenes} scenes, {d.seeds} seed{'s' * (d.seeds != 1)}"
+    on = f"{_many(d.scenes, 'scene')}, {_many(d.seeds, 'seed')}"
     if np.isnan(d.value): return f"{a} and {b} cannot be compared in {name}: {d.reason}."
     if d.reason: return f"{a} minus {b} in {name}: {d.value:+.3f}, with no interval ({d.reason}); nothing can be concluded."
     ends = f"{d.level:.0%} interval [{d.low:+.3f}, {d.high:+.3f}], {on}"

@@ -1,4 +1,4 @@
-"""Fewer nodes, no stubs, one node per crossing: the same roads, tidied, in metres.
+"""Fewer nodes, no spurs, one node per crossing: the same roads, tidied, in metres.
 
 Road graphs tidied: chains, densify, simplify, merge, prune, crop. Lengths are in metres."""
 

@@ -221,7 +221,7 @@ def skeleton_graph(
     gsd_m: float | None = None,     # metres per pixel, when there is no crs
     crs=None,                       # of the image, together with its transform
     transform=None,                 # affine pixel -> map
-    spur_m: float = 0.,             # dead ends shorter than this go; stubs within a road's width always do
+    spur_m: float = 0.,             # dead ends shorter than this go; spurs within a road's width always do
     part_m: float = 0.,             # connected parts with less road than this go
     gap_m: float = 0.,              # ends that point at each other across less than this are joined
 ) -> RoadGraph: # pixel space, placed on the map when crs is given; raises ValueError
@@ -239,7 +239,7 @@ def skeleton_graph(
     return _simplified(graph, graph.nodes, 1.).tidy()
 
 def _shaped(graph: RoadGraph, road: np.ndarray) -> RoadGraph:
-    "A traced skeleton with one node per crossing, without stubs, straight, and with few nodes."
+    "A traced skeleton with one node per crossing, without spurs, straight, and with few nodes."
     graph = _crossings(graph, road)
     limit, joints = np.zeros(len(graph.nodes)), np.flatnonzero(graph.degrees > 2)
     limit[joints] = 1.5 * _half_widths(road, graph.nodes[joints]) + 1

@@ -26,7 +26,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from .launch import Watch, _given, _home, _pairs, _stoppable, plan_run
+from .launch import Watch, _ended, _given, _home, _pairs, _stoppable, plan_run
 from .parameters import ParameterError, notebook_parameters, parameters_cell
 from .runs import RunFolder, RunLocked
 
@@ -215,10 +215,7 @@ def aerial_launch(
     try: code = _execute(args, nproc, run, params)
     except KeyboardInterrupt: code = 130
     finally: run.release()
-    again = f"; continue it with: aerial_launch {args.notebook} --nproc {nproc} -p resume {run.experiment}/{run.id}" \
-        if code and "resume" in notebook_parameters(args.notebook) else ""
-    print(f"{run.status} after {run.read_json('progress.json', {}).get('wall_s', 0):.0f} s{again}", file=sys.stderr)
-    return code
+    return _ended(run, args.notebook, code, "aerial_launch", f" --nproc {nproc}")
 
 # %% ../../nbs/training/distributed.ipynb #5577b339
 if __name__ == "__main__" and os.path.basename(sys.argv[0]) == "distributed.py":   # a process of the group, by `python -m`

@@ -118,13 +118,17 @@ class Watch:
         "The newest row in words, with the time left where the number of epochs is known."
         names, *_, values = (line.split(",") for line in file.read_text(encoding="utf-8").splitlines())
         row = dict(zip(names, values))
-        epoch, rest = row.pop("epoch", None), ", ".join(f"{k} {v[:6]}" for k, v in list(row.items())[:4] if v)
+        epoch, rest = row.pop("epoch", None), ", ".join(f"{k} {_short(v)}" for k, v in list(row.items())[:4] if v)
         if epoch is None: return rest
         done, now = int(float(epoch)), time.monotonic()
         first, since = self.start.setdefault(file, (done, now))
         total = self.epochs if isinstance(self.epochs, int) else None
         left = (now - since) / (done - first) * (total - done) if total and done > first else None
         return f"epoch {done}{f' of {total}' if total else ''}: {rest}" + (f"; about {_span(left)} left here" if left else "")
+
+def _short(text: str) -> str: # of a cell in a history
+    try: return f"{float(text):.4g}"
+    except ValueError: return text
 
 def _span(seconds: float) -> str: return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
@@ -214,6 +218,13 @@ def _home(args) -> Path:
     if args.runs: return args.runs.resolve()
     return settings(None if settings_file() or not settings_file(args.notebook.parent) else args.notebook.parent).runs
 
+def _ended(run: RunFolder, notebook: Path, code: int, command: str, options: str = "") -> int:
+    "Say how a run ended, and how to go on with it where it did not finish; returns the exit code."
+    said = f"{run.status} after {run.read_json('progress.json', {}).get('wall_s', 0):.0f} s"
+    if code and "resume" in notebook_parameters(notebook): said += f"; continue it with: {command} {notebook}{options} -p resume {run.experiment}/{run.id}"
+    print(said, file=sys.stderr)
+    return code
+
 def aerial_run(
     argv: list[str] | None = None, # sys.argv[1:] by default
 ) -> int: # 0 done, 1 the notebook failed, 2 nothing was started, 130 interrupted, 138 the kernel died
@@ -230,6 +241,4 @@ def aerial_run(
     except KeyboardInterrupt: code = 130
     finally: run.release()
     if args.out and (made := run.path / args.notebook.name).exists(): shutil.copyfile(made, args.out)
-    again = f"; continue it with: aerial_run {args.notebook} -p resume {run.experiment}/{run.id}" if "resume" in notebook_parameters(args.notebook) else ""
-    print(f"{run.status} after {run.read_json('progress.json', {}).get('wall_s', 0):.0f} s" + (again if code else ""), file=sys.stderr)
-    return code
+    return _ended(run, args.notebook, code, "aerial_run")

@@ -127,7 +127,7 @@ def _one_gsd(samples: pd.DataFrame) -> float | None:
     known = pd.to_numeric(samples.gsd_m, errors="coerce").dropna()
     if not len(known): return None
     if known.max() > 1.05 * known.min():
-        logger.warning("pixel sizes from %.3g to %.3g m: the model will see roads of different widths", known.min(), known.max())
+        logger.warning("pixel sizes from %.3g to %.3g m: the model will see the same things at different sizes", known.min(), known.max())
     return float(known.median())
 
 # %% ../../nbs/training/tasks.ipynb #544b8e11
