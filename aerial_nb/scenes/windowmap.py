@@ -80,18 +80,23 @@ def _in_threads(fn, windows, workers: int, ahead: int) -> Iterator:
         finally:
             for future in waiting: future.cancel()
 
-BACKENDS = {"threads": _in_threads}
+def _on_ray(fn, windows, workers: int, ahead: int) -> Iterator:
+    "In processes on a Ray cluster."
+    from aerial_nb.scenes.cluster import in_ray   # only where it is asked for
+    return in_ray(fn, windows, workers, ahead)
+
+BACKENDS = {"threads": _in_threads, "ray": _on_ray}
 
 def map_windows(
     fn: Callable,      # of one window or batch; can be pickled, gives the same for the same window
     windows: Iterable, # windows, or batches of them
-    backend: str = "threads",
-    workers: int = 2,
+    backend: str = "threads", # threads of this process, or ray: processes on a cluster
+    workers: int = 2,         # of them
     ahead: int | None = None, # results under way at most; twice the workers by default
-) -> Iterator: # results in the order of the windows; raises ValueError, and whatever `fn` raises
+) -> Iterator: # results in the order of the windows; raises ValueError, DataError: no cluster, and whatever `fn` raises
     "Map a function over windows."
     if backend not in BACKENDS:
-        raise ValueError(f"no backend '{backend}': here is {', '.join(BACKENDS)}; windows run on this machine only")
+        raise ValueError(f"no backend '{backend}': use {' or '.join(BACKENDS)}")
     if workers < 1: raise ValueError(f"workers must be 1 or more, got {workers}")
     return BACKENDS[backend](fn, windows, workers, max(1, 2 * workers if ahead is None else ahead))
 
