@@ -38,6 +38,8 @@ _MODELS = { # name -> (chapter, function, its defaults here)
     "sam_conv":     ("sam", "sam_conv", {}),
     "sam_unet":     ("sam", "sam_unet", {}),
     "xresnet_unet": ("xresnet", "xresnet_unet", {}),
+    "sat2graph":    ("sat2graph", "Sat2Graph", {}),
+    "sat2graph_smp": ("sat2graph", "sat2graph_smp", {}),
 }
 
 def _builder(name: str) -> Callable:
