@@ -65,8 +65,15 @@ class Eye:
     name: str
     card: ModelCard
     key: str        # changes when the weights do
-    make: Callable  # (device) -> function of (n, bands, h, w) pixels and (n, h, w) valid, to (n, h, w) probabilities
+    make: Callable  # (device) -> function of (n, bands, h, w) pixels and (n, h, w) valid, to probabilities as of `predictor`
     stride: int = 32 # windows begin at multiples of it
+
+    @property
+    def classes(self) -> tuple: # of names
+        "The classes other than background, by their numbers. Those that the card does not name are called by number."
+        named = self.card.classes[1:] or self.card.classes
+        told = max(1, len(named), int(self.card.arguments.get("classes") or 1) - 1)
+        return (*map(str, named), *(f"class {k}" for k in range(len(named) + 1, told + 1)))
 
 @dataclass(frozen=True)
 class _Load:
@@ -116,9 +123,10 @@ def _check_values(info, card: ModelCard, image) -> None:
 def check_fit(image, info, eyes: list[Eye], look: Look) -> float: # by which the image's sides are multiplied for the network
     "Refuse models that do not fit the image or one another. Raises DataError."
     first = eyes[0].card
-    for card in (eye.card for eye in eyes):
-        classes = max(len(card.classes), int(card.arguments.get("classes") or 1))
-        if classes > 2: raise DataError(f"the model tells {classes} classes apart: one class against background is predicted here")
+    for card, classes in ((eye.card, eye.classes) for eye in eyes):
+        if classes != eyes[0].classes:
+            raise DataError(f"models of other classes cannot be averaged: {', '.join(eyes[0].classes)} and {', '.join(classes)}; "
+                            "predict with each, to a map of its own")
         if card.bands != info.bands:
             raise DataError(f"{image}: {info.bands} bands, and the model was trained on {card.bands}: write an image of the "
                             f"{card.bands} bands it knows, in its order (rio stack, or gdal_translate -b)")

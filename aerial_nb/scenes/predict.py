@@ -22,12 +22,12 @@ from ..training.losses import road_logit
 
 # %% ../../nbs/scenes/predict.ipynb #8456e16b
 def predictor(
-    model: nn.Module,   # in evaluation mode it gives logits (n, 1 or 2, h, w)
+    model: nn.Module,   # in evaluation mode it gives logits (n, classes, h, w); one logit is a class against background
     stats: Stats,       # the normalisation it was trained with
     device: str = "cpu",
     dtype: torch.dtype | None = None, # of the forward pass: torch.bfloat16, torch.float16, None for float32
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]: # (n, bands, h, w) pixels, (n, h, w) valid -> (n, h, w) float32
-    "A function from pixels to probabilities. Invalid pixels are seen as the mean colour, as in training."
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]: # (n, bands, h, w) pixels, (n, h, w) valid -> (n, h, w) float32; of three classes or more (n, classes - 1, h, w)
+    "A function from pixels to probabilities; background is left out. Invalid pixels are seen as the mean colour, as in training."
     model = model.to(device).eval()
 
     @torch.inference_mode()
@@ -36,8 +36,11 @@ def predictor(
         x = stats.normalise(torch.from_numpy(safe).to(device), torch.from_numpy(valid).to(device))
         with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None): out = model(x)
         if isinstance(out, dict): out = out["road"]
-        return road_logit(out.float()).sigmoid().cpu().numpy()
+        return _probabilities(out.float()).cpu().numpy()
     return probabilities
+
+def _probabilities(logits: torch.Tensor) -> torch.Tensor: # (n, h, w), or (n, classes - 1, h, w)
+    return logits.softmax(1)[:, 1:] if logits.shape[1] > 2 else road_logit(logits).sigmoid()
 
 # %% ../../nbs/scenes/predict.ipynb #4a292393
 _all_ = ["ramp", "window_starts"]
@@ -49,13 +52,13 @@ def windows(shape: tuple[int, int], size: int, overlap: int) -> Iterator[tuple[s
 # %% ../../nbs/scenes/predict.ipynb #aaa27141
 def blend(
     shape: tuple[int, int],    # rows and columns of the image
-    parts: Iterator,           # of (rows, columns, probabilities (h, w)), windows of the image
+    parts: Iterator,           # of (rows, columns, probabilities (..., h, w)), windows of the image
     overlap: int,
-) -> np.ndarray: # (rows, columns) float32
+) -> np.ndarray: # (..., rows, columns) float32
     "Windows put together, weighted by how far inside they see; the weights of a pixel sum to one."
     mosaic = Mosaic(shape, "ramp", overlap)
     for rows, cols, probs in parts:
-        mosaic.add((rows.start, cols.start, *probs.shape), np.asarray(probs, "float64"))
+        mosaic.add((rows.start, cols.start, *probs.shape[-2:]), np.asarray(probs, "float64"))
     return mosaic.result().astype("float32")
 
 # %% ../../nbs/scenes/predict.ipynb #f76b8dea
@@ -66,21 +69,20 @@ def predict_pixels(
     size: int = 256,          # side of a window, about that of the training crops
     overlap: int | None = None, # pixels two neighbours share; a quarter of the window by default
     batch: int = 4,           # windows at a time
-) -> np.ndarray: # (rows, cols) float32 in [0, 1], NaN where invalid
+) -> np.ndarray: # (rows, cols) float32 in [0, 1], NaN where invalid; (classes, rows, cols) where the function gives several
     "Probabilities of a tile held in memory, blended from overlapping windows. Blank windows are not predicted."
     overlap = size // 4 if overlap is None else overlap
-    shape = pixels.shape[1:]
+    places = list(windows(valid.shape, size, overlap))
+    blank = [p for p in places if not valid[p].any()]
+    seen = [p for p in places if valid[p].any()] or blank[:1]   # one is asked for its classes
 
     def parts():
-        places = list(windows(shape, size, overlap))
-        seen = [p for p in places if valid[p].any()]
-        for rows, cols in (p for p in places if not valid[p].any()):
-            yield rows, cols, np.zeros((rows.stop - rows.start, cols.stop - cols.start))
         for at in range(0, len(seen), batch):
             some = seen[at:at + batch]
-            out = probabilities(np.stack([pixels[:, r, c] for r, c in some]), np.stack([valid[p] for p in some]))
+            out = np.asarray(probabilities(np.stack([pixels[:, r, c] for r, c in some]), np.stack([valid[p] for p in some])))
+            if at == 0: yield from ((r, c, np.zeros((*out.shape[1:-2], r.stop - r.start, c.stop - c.start))) for r, c in blank)
             yield from ((r, c, probs) for (r, c), probs in zip(some, out, strict=True))
-    return np.where(valid, blend(shape, parts(), overlap), np.float32(np.nan))
+    return np.where(valid, blend(valid.shape, parts(), overlap), np.float32(np.nan))
 
 # %% ../../nbs/scenes/predict.ipynb #73b253c0
 def predict_squeezed(
@@ -88,12 +90,14 @@ def predict_squeezed(
     pixels: np.ndarray,       # (bands, rows, cols)
     valid: np.ndarray,        # (rows, cols) bool
     side: int,                # of the square that the network sees, pixels
-) -> np.ndarray: # (rows, cols) float32 in [0, 1], NaN where invalid
+) -> np.ndarray: # (rows, cols) float32 in [0, 1], NaN where invalid; (classes, rows, cols) of several
     "Probabilities of a tile that is brought to a square first, as `Sampling(whole='resize')` does, and back."
     import cv2
     rows, cols = valid.shape
     seen = fit(Layers(np.asarray(pixels), np.zeros((rows, cols), np.uint8), np.asarray(valid), {}), side, "resize")
-    probs = probabilities(seen.image[None], seen.valid[None])[0]
+    probs = np.asarray(probabilities(seen.image[None], seen.valid[None])[0])
     height, width = (max(1, round(n * side / max(rows, cols))) for n in (rows, cols))
-    back = cv2.resize(np.ascontiguousarray(probs[:height, :width], np.float32), (cols, rows), interpolation=cv2.INTER_LINEAR)
-    return np.where(valid, back, np.float32(np.nan))
+    def back(p): return cv2.resize(np.ascontiguousarray(p[:height, :width], np.float32), (cols, rows), interpolation=cv2.INTER_LINEAR)
+
+    planes = back(probs) if probs.ndim == 2 else np.stack([back(p) for p in probs])
+    return np.where(valid, planes, np.float32(np.nan))

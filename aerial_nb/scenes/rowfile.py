@@ -41,18 +41,22 @@ def _read_journal(path: Path) -> tuple[dict | None, list[dict]]: # what was aske
 
 class RowFile:
     "Rows of a raster, appended from the top down; see `open_rows`."
-    def __init__(self, out: Path, shape: tuple[int, int], dtype: str):
-        self.out, self.shape, self.dtype = Path(out), tuple(shape), np.dtype(dtype)
+    def __init__(self, out: Path, shape: tuple[int, int], dtype: str, bands: int = 1):
+        self.out, self.shape, self.dtype, self.bands = Path(out), tuple(shape), np.dtype(dtype), bands
         self.folder = self.out.with_name(f"{self.out.name}.part")
         self.rows, self.journal = self.folder / "rows.bin", self.folder / "journal.jsonl"
         self.done, self.notes = 0, []   # rows that are finished; what was said with them
+        self.blank = None               # pixels without data in the first band, once the GeoTIFF is made
 
     @property
-    def row_bytes(self) -> int: return self.shape[1] * self.dtype.itemsize
+    def line_bytes(self) -> int: return self.shape[1] * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int: return self.line_bytes * self.bands # one line a band
 
     def start(self, how: dict, overwrite: bool = False) -> None: # raises DataError: rows of another job
         "Take up the rows of an interrupted job that was the same, or begin."
-        how = json.loads(json.dumps(how | dict(shape=self.shape, dtype=self.dtype.name)))
+        how = json.loads(json.dumps(how | dict(shape=self.shape, dtype=self.dtype.name) | ({} if self.bands == 1 else dict(bands=self.bands))))
         before, records = _read_journal(self.journal)
         if before is not None and before != how:
             other = [f"{k}: {before.get(k)}, now {how.get(k)}" for k in how.keys() | before.keys() if before.get(k) != how.get(k)]
@@ -87,16 +91,17 @@ def _room(rows: RowFile):
 
 def append_rows(
     rows: RowFile,
-    values: np.ndarray, # (n, cols) of the file's dtype
+    values: np.ndarray, # (n, cols) of the file's dtype; (bands, n, cols) where there are several
     notes: list = (),   # plain values to keep with them
 ) -> None: # raises ValueError, DiskFull
     "Add finished rows below those that are there."
-    if values.shape[1:] != rows.shape[1:] or values.dtype != rows.dtype or rows.done + len(values) > rows.shape[0]:
-        raise ValueError(f"rows of {values.shape} {values.dtype} do not fit below row {rows.done} of {rows.shape} {rows.dtype}")
+    n, layers = values.shape[-2], () if rows.bands == 1 else (rows.bands,)
+    if values.shape != (*layers, n, rows.shape[1]) or values.dtype != rows.dtype or rows.done + n > rows.shape[0]:
+        raise ValueError(f"rows of {values.shape} {values.dtype} do not fit below row {rows.done} of {rows.shape} {rows.dtype} in {rows.bands} bands")
     with _room(rows):
-        _on_disk(rows.rows, np.ascontiguousarray(values).data)
-        _on_disk(rows.journal, (json.dumps(dict(rows=rows.done + len(values), notes=list(notes))) + "\n").encode())
-    rows.done += len(values); rows.notes += notes
+        _on_disk(rows.rows, np.ascontiguousarray(values if rows.bands == 1 else values.swapaxes(0, 1)).data)
+        _on_disk(rows.journal, (json.dumps(dict(rows=rows.done + n, notes=list(notes))) + "\n").encode())
+    rows.done += n; rows.notes += notes
 
 # %% ../../nbs/scenes/rowfile.ipynb #c783e095
 def _lock(file, folder: Path) -> None:
@@ -114,9 +119,10 @@ def open_rows(
     dtype: str,             # of the numbers
     how: dict,              # plain values: what must be the same for finished rows to count
     overwrite: bool = False, # an output, or unfinished rows of another job
+    bands: int = 1,
 ): # a RowFile; raises DataError: output exists, in use, not writable, rows of another job
     "Rows of an output that nobody else is writing."
-    rows = RowFile(Path(out), shape, dtype)
+    rows = RowFile(Path(out), shape, dtype, bands)
     try: rows.folder.mkdir(parents=True, exist_ok=True); lock = (rows.folder / "lock").open("w")
     except OSError as error: raise DataError(f"{out}: cannot write there ({error.strerror}); choose another place") from error
     with lock:
@@ -130,27 +136,34 @@ def open_rows(
 # %% ../../nbs/scenes/rowfile.ipynb #73e75fce
 _TYPES = {"uint8": "Byte", "uint16": "UInt16", "float32": "Float32"}
 
-def _described(rows: RowFile, crs, transform, nodata, scale: float, tags: dict, name: str) -> Path:
+def _described_band(rows: RowFile, number: int, nodata, scale: float, name: str) -> str:
+    scaled = f"<Scale>{scale!r}</Scale>" if scale != 1 else ""
+    return f"""<VRTRasterBand dataType="{_TYPES[rows.dtype.name]}" band="{number}" subClass="VRTRawRasterBand">
+<Description>{escape(name)}</Description><NoDataValue>{nodata}</NoDataValue>{scaled}
+<ColorInterp>{'Gray' if number == 1 else 'Undefined'}</ColorInterp><SourceFilename relativeToVRT="1">rows.bin</SourceFilename>
+<ImageOffset>{(number - 1) * rows.line_bytes}</ImageOffset><PixelOffset>{rows.dtype.itemsize}</PixelOffset><LineOffset>{rows.row_bytes}</LineOffset>
+<ByteOrder>{'LSB' if np.little_endian else 'MSB'}</ByteOrder></VRTRasterBand>"""
+
+def _described(rows: RowFile, crs, transform, nodata, scale: float, tags: dict, names: tuple) -> Path:
     "A VRT that shows the rows as a raster; the path of it."
-    place = "" if crs is None else (f"<SRS>{escape(crs.to_wkt())}</SRS><GeoTransform>"
+    place = "" if crs is None else (f"<SRS>{escape(rasterio.CRS.from_user_input(crs).to_wkt())}</SRS><GeoTransform>"
                                     f"{', '.join(repr(float(v)) for v in transform.to_gdal())}</GeoTransform>")
     said = "".join(f"<MDI key={quoteattr(k)}>{escape(str(v))}</MDI>" for k, v in tags.items())
-    scaled = f"<Scale>{scale!r}</Scale>" if scale != 1 else ""
+    bands = "".join(_described_band(rows, number, nodata, scale, name) for number, name in enumerate(names, 1))
     path = rows.folder / "rows.vrt"
     path.write_text(f"""<VRTDataset rasterXSize="{rows.shape[1]}" rasterYSize="{rows.shape[0]}">{place}<Metadata>{said}</Metadata>
-<VRTRasterBand dataType="{_TYPES[rows.dtype.name]}" band="1" subClass="VRTRawRasterBand"><Description>{escape(name)}</Description>
-<NoDataValue>{nodata}</NoDataValue>{scaled}<ColorInterp>Gray</ColorInterp><SourceFilename relativeToVRT="1">rows.bin</SourceFilename>
-<ImageOffset>0</ImageOffset><PixelOffset>{rows.dtype.itemsize}</PixelOffset><LineOffset>{rows.row_bytes}</LineOffset>
-<ByteOrder>{'LSB' if np.little_endian else 'MSB'}</ByteOrder></VRTRasterBand></VRTDataset>""", encoding="utf-8")
+{bands}</VRTDataset>""", encoding="utf-8")
     return path
 
 def _same_rows(rows: RowFile, made: Path) -> bool:
-    "Whether a raster holds exactly the rows."
+    "Whether a raster holds exactly the rows; counts those pixels of the first band that hold no data."
+    rows.blank = 0
     with rasterio.open(made) as d, rows.rows.open("rb") as file:
         for top in range(0, rows.shape[0], 512):
             high = min(512, rows.shape[0] - top)
-            want = np.frombuffer(file.read(high * rows.row_bytes), rows.dtype).reshape(high, rows.shape[1])
-            if not np.array_equal(d.read(1, window=Window(0, top, rows.shape[1], high)), want, equal_nan=rows.dtype.kind == "f"): return False
+            want = np.frombuffer(file.read(high * rows.row_bytes), rows.dtype).reshape(high, rows.bands, rows.shape[1]).swapaxes(0, 1)
+            if not np.array_equal(d.read(window=Window(0, top, rows.shape[1], high)), want, equal_nan=rows.dtype.kind == "f"): return False
+            rows.blank += int(np.count_nonzero(np.isnan(want[0]) if rows.dtype.kind == "f" else want[0] == d.nodata))
     return True
 
 # %% ../../nbs/scenes/rowfile.ipynb #73a806f3
@@ -170,14 +183,16 @@ def finish_rows(
     nodata=None,
     scale: float = 1.,        # by which a number is multiplied to mean what it means
     tags: dict | None = None, # plain values
-    name: str = "",           # of the band
+    names: str | tuple = "",  # of the band; one for each
 ) -> Path: # of the GeoTIFF, whole; raises ValueError, DiskFull, DataError
     "Make the GeoTIFF of all rows, and remove the folder."
+    names = (names,) if isinstance(names, str) else tuple(map(str, names))
     if rows.done != rows.shape[0]: raise ValueError(f"{rows.done} of {rows.shape[0]} rows are finished")
+    if len(names) != rows.bands: raise ValueError(f"{len(names)} names for {rows.bands} bands: give one for each")
     made = rows.folder / "whole.tif"
     with _room(rows), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # pixel space is legal here
-        _copied(_described(rows, crs, transform, nodata, scale, tags or {}, name), made, rows.dtype.kind)
+        _copied(_described(rows, crs, transform, nodata, scale, tags or {}, names), made, rows.dtype.kind)
         if not _same_rows(rows, made): raise DataError(f"{made}: reads back other than it was written; is the disk full or failing?")
     os.replace(made, rows.out)
     shutil.rmtree(rows.folder, ignore_errors=True)
