@@ -261,6 +261,7 @@ def _no_result(entry: Entry, row: dict) -> str:
     if m.get("protocol") == "overfit": return "scored on what it was trained on"
     if p.get("tiny") is True: return "tiny networks, to show the way"
     if row.get("doubts"): return row["doubts"]
+    if "mechanics" in entry.name.lower(): return "published as a check of the mechanics"
     drawn = p.get("data") == "synthetic" and not p.get("truth")
     if drawn and not entry.experiment.startswith("bench_"): return "scenes drawn by the computer"
     return "" if m.get("is_result", True) else "its experiment says that it is no result"
