@@ -231,8 +231,8 @@ def _rows_of(table: pd.DataFrame) -> tuple[np.ndarray, list]: # y of each row, (
 def plot_causes(
     table: pd.DataFrame, # of `cause_table`, or any with cause, kind, positive and the statistic
     statistics: Iterable = ("iou", "recall"), # a panel each
-    counted: str = "positive", # column named at the right
-    unit: str = "positive px",
+    counted: str | list = "positive", # column at the right; a list: one for each panel
+    unit: str | list = "positive px", # its heading
 ):
     "Scores of each kind with intervals. Returns the figure."
     from matplotlib import pyplot as plt
@@ -250,11 +250,13 @@ def plot_causes(
         ax.tick_params(axis="y", length=0)
     axes[0, 0].set_yticks(y, table.kind, fontsize=8); axes[0, 0].set_ylim(y.max() + .7, -.8)
     for at, cause in heads: axes[0, 0].text(0, at, f" {cause}", fontsize=8.5, weight="bold", va="center", transform=axes[0, 0].get_yaxis_transform())
-    for at, n in zip(y, table[counted]): axes[0, -1].text(1.02, at, _thousands(n), fontsize=7, va="center", color="0.4", transform=axes[0, -1].get_yaxis_transform())
-    axes[0, -1].text(1.02, -.45, unit, fontsize=7, color="0.4", transform=axes[0, -1].get_yaxis_transform())
+    beside = [(axes[0, -1], counted, unit)] if isinstance(counted, str) else zip(axes[0], counted, unit, strict=True)
+    for ax, column, head in beside:
+        for at, text in [*zip(y, map(_thousands, table[column])), (-.45, head)]:
+            ax.text(1.02, at, text, fontsize=7, va="center", color="0.4", transform=ax.get_yaxis_transform())
     return fig
 
 def _limits(name: str, value: np.ndarray, high: np.ndarray) -> tuple:
     "Scores from 0 to 1, rates of errors as far as they go."
     top = np.nanmax(np.fmax(value, np.nan_to_num(high)), initial=.01)
-    return (0, 1.02) if name != "error_rate" else (0, min(1.02, 1.15 * top))
+    return (-.02, 1.03) if name != "error_rate" else (0, min(1.02, 1.15 * top))
