@@ -102,13 +102,14 @@ def ring_polygons(
     rings: Rings,
     transform=None,     # affine, pixel corner to map; None: x is the column, y the row
     min_hole_px: float = 0, # courtyards of fewer pixels are filled
-) -> tuple[np.ndarray, np.ndarray]: # (objects,) labels, ascending; (objects,) shapely polygons
+) -> tuple: # (objects,) each: labels, ascending; shapely polygons; pixels that they enclose
     "Polygons of objects."
     size, kept = np.diff(rings.start), ~rings.hole | (rings.area_px >= min_hole_px)
     row, col = rings.corners[np.repeat(kept, size)].T.astype(np.float64)
     t = transform
     at = np.stack([col, row] if t is None else [t.a * col + t.b * row + t.c, t.d * col + t.e * row + t.f], 1)
-    if not len(at): return np.zeros(0, np.int32), np.zeros(0, object)
+    if not len(at): return np.zeros(0, np.int32), np.zeros(0, object), np.zeros(0, np.int64)
     closed = shapely.linearrings(at, indices=np.repeat(np.arange(kept.sum()), size[kept]))
     number = np.cumsum(~rings.hole[kept]) - 1
-    return rings.label[~rings.hole], shapely.polygons(closed, indices=number)
+    area = np.add.reduceat(np.where(rings.hole, -1, 1)[kept] * rings.area_px[kept], np.flatnonzero(~rings.hole[kept]))
+    return rings.label[~rings.hole], shapely.polygons(closed, indices=number), area
