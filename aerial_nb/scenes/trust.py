@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .causes import Case
-from .scoring import expected_error, reliability
+from .scoring import reliability
 from ..training.counts import ratio
 from ..training.metrics import ThresholdCurve, bootstrap_ci, paired_difference
 from ..training.uncertainty import Interval, _interval
