@@ -122,13 +122,20 @@ def joined(
     edges = np.concatenate([np.zeros((0, 2), np.int64), *(g.edges + k for g, k in zip(cut, first))])
     seam = np.concatenate([np.zeros(0, bool), *(_on_border(g.nodes, c, shape) for g, c in zip(cut, parts))])
     part, at = np.repeat(np.arange(len(cut)), np.diff(first)), np.flatnonzero(seam)
-    if not len(at): return RoadGraph(nodes, edges).tidy()
+    if not len(at): return _sorted(RoadGraph(nodes, edges).tidy())
     same, near = _pairs(nodes[at], part[at], snap_px)
     logger.debug("%d ends on borders of parts: %d pairs at one place, %d near", len(at), len(same), len(near))
     whole, of = _merged(RoadGraph(nodes, edges), at[np.concatenate([same, near])])
     border = np.zeros(len(whole.nodes), bool)
     border[of[at]] = True
-    return _dissolved(whole.tidy(), _kept(whole, border)).tidy()
+    return _sorted(_dissolved(whole.tidy(), _kept(whole, border)).tidy())
+
+def _sorted(graph: RoadGraph) -> RoadGraph:
+    "The nodes from left to right, so that their order says nothing of the parts."
+    order = np.lexsort(graph.nodes.round(6).T[::-1])
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return replace(graph, nodes=graph.nodes[order], edges=place[graph.edges]).tidy()
 
 def _clipped(graph: RoadGraph, core: tuple) -> RoadGraph:
     "What of the graph of a part is its own."
