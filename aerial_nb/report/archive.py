@@ -280,8 +280,8 @@ ARM_COLUMNS = ("arm seeds images scenes budget parameters trainable seconds step
 @patch
 def arms(self: Entry) -> pd.DataFrame: # ARM_COLUMNS, and NAME, NAME_low, NAME_high for each of its scores
     "What was compared in this run, a row each; none before it is finished."
-    if not self.finished: return pd.DataFrame(columns=ARM_COLUMNS)
     m = self.metrics
+    if not self.finished or "compared" in m: return pd.DataFrame(columns=ARM_COLUMNS)   # a comparison has none of its own
     reader = (_from_board if isinstance(m.get("leaderboard"), list) else _from_arms if isinstance(m.get("arms"), dict) else
               _from_bench if self.experiment.startswith("bench_") else _from_any if not isinstance(m.get("scores"), dict) else
               _from_graphs if self.experiment == "score_roads" else _from_evaluation)
@@ -336,16 +336,24 @@ def _fits(entry: Entry, name: str) -> bool:
     if any(c in name for c in "*?["): return any(fnmatch.fnmatchcase(o, name) for o in own)
     return name in own
 
+def _unfinished(e: Entry) -> str:
+    "Why a run cannot be compared, and what to do."
+    goes_on = f"; go on with it: aerial_run nbs/{e.experiment}.ipynb -p resume {e.id}" if e.status in ("unfinished", "failed") else ""
+    return f"run {e.title} is {e.status} and has no result ({e.reason}){goes_on}"
+
 def choose(
     entries: list[Entry],
     names: str | list[str] = "", # with commas, or a list; "" is every finished one
-) -> list[Entry]: # in the order of the names; raises ValueError naming what fits nothing
+    finished: bool = False,      # refuse a run that is named and has no result; patterns leave such runs out
+) -> list[Entry]: # in the order of the names; raises ValueError naming what fits nothing, all of it at once
     "Some entries by name, id, beginning of an id, or pattern."
     wanted = [n.strip() for n in (names.split(",") if isinstance(names, str) else names) if n.strip()]
     if not wanted: return [e for e in entries if e.finished]
     found, faults = {}, []
     for name in wanted:
         fits = [e for e in entries if _fits(e, name)] or [e for e in entries if e.id.startswith(name) or f"{e.experiment}/{e.id}".startswith(name)]
+        if finished and any(e.finished for e in fits): fits = [e for e in fits if e.finished]
+        elif finished: faults += [_unfinished(e) for e in fits]
         found |= {id(e): e for e in fits}
         if fits: continue
         known = list(dict.fromkeys(n for e in entries for n in (e.name, e.title, e.id, e.experiment)))

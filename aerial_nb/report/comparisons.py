@@ -31,7 +31,7 @@ def steps_per_epoch(entry: Entry) -> float: # NaN where the record does not say
     if entry.metrics.get("protocol", p.get("protocol")) == "overfit": return 1.
     try: draws, bs, accum = float(p[_DRAWS[entry.experiment]]), float(p["bs"]), float(p.get("accum", 1))
     except (KeyError, TypeError, ValueError): return np.nan
-    return np.ceil(draws / bs / accum) if draws > 0 and bs > 0 and accum > 0 else np.nan
+    return max(1., draws // bs // accum) if draws > 0 and bs > 0 and accum > 0 else np.nan   # incomplete batches are dropped
 
 def learning_curves(
     entries: Sequence[Entry],
@@ -68,7 +68,10 @@ def plot_curves(
     several = curves.run.nunique() > 1
     lines = {key: rows for key, rows in curves.groupby(["run", "arm"], sort=False)}
     styles, drawn = _styles(list(lines)), [b for b in by if curves[b].notna().any()]
-    fig, axes = plt.subplots(1, len(drawn), figsize=(max(5, 3.3 * len(drawn) + .4), 2.7 + .16 * min(len(lines), 14)), dpi=72, squeeze=False, sharey=True, layout="constrained")
+    handles = [plt.Line2D([], [], lw=2, label=_short(f"{arm} ({run.rpartition('/')[2]})" if several else arm, 60), **styles[run, arm]) for run, arm in lines]
+    width = max(5, 3.3 * len(drawn) + .4)   # inches
+    columns = 2 if len(lines) > 3 and max(len(h.get_label()) for h in handles) * .075 + .6 < width / 2 else 1
+    fig, axes = plt.subplots(1, len(drawn), figsize=(width, 2.7 + .17 * -(-len(lines) // columns)), dpi=72, squeeze=False, sharey=True, layout="constrained")
     for ax, axis in zip(axes[0], drawn, strict=True):
         for key, rows in lines.items():
             for _, one in rows.groupby("seed"): ax.plot(one[axis], one.value, lw=.6 if rows.seed.nunique() > 1 else 1.8, alpha=.6 if rows.seed.nunique() > 1 else 1, **styles[key])
@@ -80,9 +83,7 @@ def plot_curves(
         ax.set_xlabel(AXES[axis] + where + (f"; {missing} not known" if missing else ""), fontsize=8); ax.spines[["top", "right"]].set_visible(False); ax.grid(alpha=.2); ax.tick_params(labelsize=8)
         if axis != "minutes": ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes[0, 0].set_ylabel(metric_name(metric).replace("valid ", "validation "), fontsize=9)
-    handles = [plt.Line2D([], [], lw=2, label=_short(f"{arm} ({run.rpartition('/')[2]})" if several else arm, 60), **styles[run, arm]) for run, arm in lines]
-    fits = max(len(h.get_label()) for h in handles) * .075 + .6 < fig.get_figwidth() / 2   # inches
-    fig.legend(handles=handles, loc="outside lower center", ncols=2 if fits and len(lines) > 3 else 1, fontsize=7.5, frameon=False)
+    fig.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5, frameon=False)
     return fig
 
 # %% ../../nbs/report/comparisons.ipynb #740996b7

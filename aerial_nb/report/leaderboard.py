@@ -6,7 +6,7 @@ One table per task: arms of all finished runs, ranked within one set of test til
 
 # %% auto #0
 __all__ = ['logger', 'MASKS', 'TASKS', 'SUBJECTS', 'METRIC_NAMES', 'metric_name', 'tasks_of', 'all_arms', 'leaderboard',
-           'as_interval', 'board_rows', 'groups', 'overview']
+           'as_interval', 'board_rows', 'groups', 'overview', 'pick_task']
 
 # %% ../../nbs/report/leaderboard.ipynb #a93abdc9
 import logging
@@ -154,3 +154,21 @@ def overview(entries: Sequence[Entry]) -> pd.DataFrame: # task, results, checks,
     found = [dict(task=t, results=int(r.is_result.astype(bool).sum()), checks=int((~r.is_result.astype(bool)).sum()), groups=r.group.nunique(), runs=r.entry.nunique())
              for t in TASKS if len(r := rows[rows.task == t])]
     return pd.DataFrame(found, columns=["task", "results", "checks", "groups", "runs"])
+
+def pick_task(
+    entries: Sequence[Entry],
+    task: str = "",        # asked for; by default the one with the most results
+    together: bool = False, # every entry must have scores of it, as when they were named one by one
+) -> str: # raises ValueError where there is no common one
+    "The task in which some runs are compared."
+    _checked(task or "other", "")
+    has = {e.title: tasks_of(e, t.columns) for e in entries if len(t := e.arms())}
+    if together:
+        wanted = [t for t in TASKS if (not task or t == task) and all(t in tasks for tasks in has.values())]
+        if not wanted: raise ValueError(f"these runs have no common {'task' if not task else f'scores of {task}'}: "
+                                        + "; ".join(f"{title}: {' and '.join(tasks)}" for title, tasks in has.items()) + ". Compare runs of one task")
+        if "other" in wanted[:1] and len({e.experiment for e in entries}) > 1: raise ValueError("runs of several experiments whose scores are not known here cannot be compared")
+        return wanted[0]
+    seen = overview(entries)
+    best = seen[~seen.task.isin(["speed", "other"])].sort_values("results", ascending=False, kind="stable")
+    return task or (best.task.iloc[0] if len(best) else seen.task.iloc[0] if len(seen) else next(iter(TASKS)))
