@@ -17,6 +17,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ..data.grid import WINDOW
+from ..data.raster import DataError
 
 # %% ../../nbs/scenes/windowmap.ipynb #6fa29065
 @dataclass(frozen=True)
@@ -27,14 +28,19 @@ class Cover:
     kept: np.ndarray   # (n,) of WINDOW: what is used of it; the whole scene, with overlap
     blend: int         # pixels over which kept parts pass into each other
 
-def aligned_starts(length: int, size: int, step: int, stride: int) -> list[int]:
-    "First pixels of windows along one side, all of them multiples of the stride."
+def aligned_starts(length: int, size: int, step: int, stride: int, origin: int = 0) -> list[int]:
+    "First pixels of windows along one side, all of them multiples of the stride: the grid of all scenes, and both ends of this one."
     if length <= size: return [0]
-    return [*range(0, length - size, step), -(-(length - size) // stride) * stride]
+    first = -(origin // stride * stride) % step
+    return sorted({0, *range(first, length - size, step), -(-(length - size) // stride) * stride})
 
-def _side(length: int, size: int, step: int, stride: int, margin: int) -> list[tuple]: # start, stop, kept from, kept to
-    ends = [(start, min(start + size, length)) for start in aligned_starts(length, size, step, stride)]
-    return [(a, b, a + margin * (a > 0), b - margin * (b < length)) for a, b in ends]
+def _side(length: int, size: int, step: int, stride: int, margin: int, origin: int) -> list[tuple]: # start, stop, kept from, kept to
+    starts = aligned_starts(length, size, step, stride, origin)
+    stops = [min(start + size, length) for start in starts]
+    share = size - step - margin   # windows at the ends share more than others, and use no more of it
+    kept_to = [b if b == length else starts[i + 1] + share if i == 0 else b - margin for i, b in enumerate(stops)]
+    kept_from = [a if a == 0 else kept_to[i - 1] + 2 * margin + step - size for i, a in enumerate(starts)]
+    return list(zip(starts, stops, kept_from, kept_to))
 
 # %% ../../nbs/scenes/windowmap.ipynb #3c101d4b
 def cover(
@@ -43,6 +49,7 @@ def cover(
     overlap: int | None = None, # pixels that neighbours share, at least; a quarter of the window by default
     margin: int | None = None, # pixels at the border of a window that are not used; a quarter of the overlap by default
     stride: int = 32,          # of the network
+    origin: tuple[int, int] = (0, 0), # row and col of the scene's corner among the pixels of all scenes of this grid
 ) -> Cover: # raises ValueError
     "Cover a scene of any size with windows."
     if min(shape) < 1: raise ValueError(f"a scene of {shape[0]} x {shape[1]} pixels has nothing to cover")
@@ -52,7 +59,7 @@ def cover(
     if overlap < 0 or step < stride: raise ValueError(f"overlap must be 0 to {size - stride} (size minus stride), got {overlap}")
     margin = (size - step) // 4 if margin is None else margin
     if not 0 <= 2 * margin <= size - step: raise ValueError(f"margin must be 0 to {(size - step) // 2}, half of the overlap, got {margin}")
-    down, along = (_side(length, size, step, stride, margin) for length in shape)
+    down, along = (_side(length, size, step, stride, margin, at) for length, at in zip(shape, origin))
     def windows(i, j): return np.array([(r[i], c[i], r[j] - r[i], c[j] - c[i]) for r in down for c in along], WINDOW)
     return Cover(tuple(shape), windows(0, 1), windows(2, 3), size - step - 2 * margin)
 
@@ -93,11 +100,11 @@ def map_windows(
     backend: str = "threads", # threads of this process, or ray: processes on a cluster
     workers: int = 2,         # of them
     ahead: int | None = None, # results under way at most; twice the workers by default
-) -> Iterator: # results in the order of the windows; raises ValueError, DataError: no cluster, and whatever `fn` raises
+) -> Iterator: # results in the order of the windows; raises DataError, and whatever `fn` raises
     "Map a function over windows."
     if backend not in BACKENDS:
-        raise ValueError(f"no backend '{backend}': use {' or '.join(BACKENDS)}")
-    if workers < 1: raise ValueError(f"workers must be 1 or more, got {workers}")
+        raise DataError(f"no backend '{backend}': use {' or '.join(BACKENDS)}")
+    if workers < 1: raise DataError(f"workers must be 1 or more, got {workers}")
     return BACKENDS[backend](fn, windows, workers, max(1, 2 * workers if ahead is None else ahead))
 
 # %% ../../nbs/scenes/windowmap.ipynb #8baadaa4
