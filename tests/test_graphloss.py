@@ -20,16 +20,16 @@ def drawn(seed, channels=28, b=2, h=5, w=6):
 def plain(logits, target, valid, away=.01):
     "The published formulas, a pixel at a time."
     sums, n = dict(vertex=0., edge=0., vector=0., road=0.), 0
-    def ce(l, t): return -(t[0] * (l[0] - np.logaddexp(*l)) + t[1] * (l[1] - np.logaddexp(*l)))
+    def ce(x, t): return -(t[0] * (x[0] - np.logaddexp(*x)) + t[1] * (x[1] - np.logaddexp(*x)))
     for i, r, c in np.argwhere(valid):
-        l, t = logits[i, :, r, c].astype(float), target[i, :, r, c].astype(float)
+        x, t = logits[i, :, r, c].astype(float), target[i, :, r, c].astype(float)
         m = np.clip(t[0] - away, 0, 1 - away) + away
         n += 1
-        sums["vertex"] += ce(l[:2], t[:2])
+        sums["vertex"] += ce(x[:2], t[:2])
         for k in range(2, 26, 4):
-            sums["edge"] += m * ce(l[k:k + 2], t[k:k + 2]) / 6
-            sums["vector"] += m * ((l[k + 2:k + 4] - t[k + 2:k + 4]) ** 2).mean() / 6
-        if len(l) == 28: sums["road"] += ce(l[26:], t[26:])
+            sums["edge"] += m * ce(x[k:k + 2], t[k:k + 2]) / 6
+            sums["vector"] += m * ((x[k + 2:k + 4] - t[k + 2:k + 4]) ** 2).mean() / 6
+        if len(x) == 28: sums["road"] += ce(x[26:], t[26:])
     return {k: v / max(n, 1) for k, v in sums.items()}
 
 

@@ -54,8 +54,8 @@ def test_enlarging_keeps_the_first_row_and_drops_the_last():
 
 
 def test_bad_arguments():
-    for given in (dict(residual_steps=4), dict(residual_steps=12), dict(width=0)):
-        with pytest.raises(ValueError): Sat2Graph(**given)
+    for wrong in (dict(residual_steps=4), dict(residual_steps=12), dict(width=0)):
+        with pytest.raises(ValueError): Sat2Graph(**wrong)
     with pytest.raises(ValueError, match="expected"): Sat2Graph(width=1)(torch.rand(1, 4, 64, 64))
     with pytest.raises(ValueError, match="did you mean"): build("sat2graph", witdh=3)
 
