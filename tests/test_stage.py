@@ -1,9 +1,13 @@
 """The book: the list is what is there, every listed page is written, and nothing in it needs nbdev or the network."""
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -11,7 +15,10 @@ import pytest
 import yaml
 
 from aerial_nb.report import stage as book
-from aerial_nb.report.stage import aerial_report, book_pages, label_title, markdown_table, offline, read_processed, results_page, stage
+from aerial_nb.report.markdown import block, code, page_faults, plain_text, slug
+from aerial_nb.report.pages import inert
+from aerial_nb.report.stage import aerial_report, book_pages, label_title, made_pages, markdown_table, offline, read_processed, results_page, stage
+from aerial_nb.training.parameters import notebook_parameters
 from aerial_nb.training.publish import publish
 from aerial_nb.training.records import write_json
 from aerial_nb.training.runs import RunFolder
@@ -21,11 +28,11 @@ BARE = re.compile(r"^\s*#\|\s*[\w-]+(\s+[^:]*)?$", re.M)       # a directive of 
 new = nbformat.v4
 
 
-def test_the_list_is_what_is_in_nbs():
-    listed = [p for p in book_pages(ROOT) if p != "book/results.md"]
-    there = sorted("book/" + p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+def test_the_list_is_what_is_in_nbs_and_what_is_made():
+    listed = book_pages(ROOT)
+    there = ["book/" + p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
     assert len(set(listed)) == len(listed)
-    assert sorted(listed) == there, "correct the chapter list of _quarto.yml"
+    assert sorted(listed) == sorted([*there, *made_pages()]), "correct the chapter list of _quarto.yml"
 
 
 def test_no_chapter_needs_a_later_one():
@@ -64,18 +71,18 @@ def test_git_ignores_what_is_staged_and_rendered():
 def project(tmp_path_factory):
     "The chapters that are here now, listed and staged in a project of their own."
     root = tmp_path_factory.mktemp("project")
-    shutil.copytree(ROOT / "nbs", root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for name in ("nbs", "docs"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     pages = ["book/" + p.relative_to(root / "nbs").as_posix() for p in sorted((root / "nbs").rglob("*.ipynb"))]
-    chapters = ["index.qmd", dict(part="All", chapters=pages), "book/results.md"]
+    chapters = ["index.qmd", dict(part="All", chapters=pages), *made_pages()]
     (root / "_quarto.yml").write_text(yaml.safe_dump(dict(book=dict(chapters=chapters))))
     (root / "book").mkdir(); (root / "book/gone.ipynb").write_text("{}")
-    return root, stage(root, root / "runs", root / "results")
+    return root, stage(root, root / "runs", ROOT / "results")
 
 
 def test_every_listed_page_is_written_and_no_other(project):
     root, pages = project
     assert [p.relative_to(root).as_posix() for p in pages] == book_pages(root)
-    assert sorted(pages) == sorted(p for p in (root / "book").rglob("*.*"))
+    assert sorted(pages) == sorted(p for p in (root / "book").rglob("*.*") if p.suffix in (".ipynb", ".md"))
 
 
 def test_staged_chapters_have_no_directives_scripts_or_metadata(project):
@@ -162,25 +169,67 @@ def test_without_a_finished_run_the_page_says_how_to_make_one(small, tmp_path):
     for name in ("a", "b"): (tmp_path / "runs/train_x" / name / "metrics.json").unlink()
     made = nbformat.read(stage(tmp_path, tmp_path / "runs", tmp_path / "results")[0], 4)
     assert made.cells[0].source.startswith("# Train x {#sec-train-x}") and "aerial_run nbs/train_x.ipynb" in made.cells[1].source
-    assert "`a` (unfinished), `b` (unfinished), `c` (failed)" in made.cells[1].source and len(made.cells) == 2
+    assert "c (failed), b (unfinished), a (unfinished)" in made.cells[1].source and len(made.cells) == 2
+
+
+def test_other_runs_of_an_experiment_are_listed_with_links(small, tmp_path):
+    (tmp_path / "_quarto.yml").write_text("book:\n  chapters: [index.qmd, book/train_x.ipynb, book/runs.md]\n")
+    note = nbformat.read(stage(tmp_path, tmp_path / "runs", tmp_path / "results")[0], 4).cells[1].source
+    assert "Run [b](runs.md#sec-run-train-x-b)" in note and "[c](runs.md#sec-run-train-x-c) (failed), [a](runs.md#sec-run-train-x-a) (finished)" in note
+
+
+def test_a_finished_run_whose_notebook_is_broken_gives_way_to_an_older_one(small, tmp_path):
+    (tmp_path / "runs/train_x/b/train_x.ipynb").write_text('{"cells": [{')
+    assert "from a" in stage(tmp_path, tmp_path / "runs", tmp_path / "results")[0].read_text()
 
 
 def test_results_show_what_the_records_hold(small, tmp_path):
     assert "No run has been published yet" in results_page(tmp_path / "results")
     run = RunFolder.open("a", tmp_path / "runs")
-    write_json(run / "metrics.json", dict(finished=True, wall_s=12.3456, note="a|b", arms=dict(spin=dict(iou=0.123456, f1=None), glass=dict(iou=0.2)),
-                                          rows=[dict(tile="t1", iou=0.3)]))
+    arms = dict(spin=dict(iou=0.123456, f1=None, seeds=1), glass=dict(iou=0.2, seeds=1))
+    write_json(run / "metrics.json", dict(finished=True, wall_s=12.3456, note="a|b", arms=arms))
     (run / "figures").mkdir(); (run / "figures/errors.png").write_bytes(b"png")
     publish(run, "best", allow_dirty=True, results=tmp_path / "results")
     page = stage(tmp_path, tmp_path / "runs", tmp_path / "results")[1].read_text()
-    for part in ("## train_x", "### best", "| arms | iou | f1 |", "| spin | 0.1235 | – |", "| t1 | 0.3 |", r"| 12.35 | a\|b |", "epochs `2`"): assert part in page
-    (link,) = re.findall(r"!\[\]\(([^)]+)\)|!\[[^]]*\]\(([^)]+)\)", page)
-    assert (tmp_path / "book" / link[1]).read_bytes() == b"png"
+    for part in ("## [train_x](train_x.ipynb)", "### best", "| arm | IoU | seeds |", "| `spin` | 0.123 | 1 |", "| `wall_s` | 12.346 |", r"| `note` | a\|b |", "epochs `2`"):
+        assert part in page, part
+    (link,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
+    assert (tmp_path / "book" / link).read_bytes() == b"png"
     assert "<" not in page and "resume" not in page
 
 
+@pytest.mark.parametrize("text", ["a|b", "`x`", "<b>", "*a*", "_a_", "[a](b)", "{{" + "< a >}}", "$x$", "@sec-a", "a\nb", "~~a~~", "#x", "\\", "&lt;", "::: a", "snake_case"])
+def test_text_is_printed_as_it_is(text):
+    from bs4 import BeautifulSoup
+    from markdown_it import MarkdownIt
+    for made in (plain_text(text), code(text)):
+        shown = BeautifulSoup(MarkdownIt("commonmark").enable("table").render(f"| a |\n|---|\n| {made} |"), "html.parser").find("td")
+        assert shown.get_text() == " ".join(text.split()) and not shown.find(["b", "em", "a", "s"]), made
+        assert "{{<" not in made
+
+
+@pytest.mark.parametrize("text", ["a", "```\nb\n```", "````", "~~~", "{{" + "< a >}}"])
+def test_a_block_holds_anything(text):
+    assert page_faults(f"# A\n\n{block(text)}\n\nend") == [] and ("shortcodes" in block(text)) == ("{{" in text)
+
+
+def test_addresses_differ_where_names_do():
+    names = ["a/b", "a b", "a?b", "a_b", "A-b.", "ü", "ö", "x" * 200, "x" * 201, "..", "."]
+    assert len({slug(n) for n in names} - {slug("a/b")}) == len(names) - 2        # a/b and a_b are one, and no two runs are called so
+    for name in names: assert re.fullmatch(r"[a-z0-9-]+", slug(name))
+
+
+@pytest.mark.parametrize("text", ["<SCRIPT src=x>a</script >b", "<scr<script></script>ipt>alert(1)</script>", '<img src="x" onerror="go()">', "<svg/onload=go()>",
+                                  "<a href='JaVaScript:go()'>x</a>", "<iframe srcdoc='<script>1</script>'></iframe>", "<form action=x><button formaction=y>"])
+def test_what_acts_is_taken_away(text):
+    left = inert(text).lower()
+    for word in ("<script", "onerror", "onload", "javascript:", "srcdoc", "<iframe", "<form", "formaction"): assert word not in left, left
+    assert inert("<b>x</b> [a](b.md) 1 < 2, on = 3") == "<b>x</b> [a](b.md) 1 < 2, on = 3"
+
+
 def test_a_markdown_table_keeps_all_columns():
-    assert markdown_table([dict(a=1), dict(b="x\ny")]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | – |", "| – | x y |"]
+    assert markdown_table([dict(a=1), dict(b="x\ny")]).splitlines() == ["| a | b |", "| ---: | :--- |", "| 1 | – |", "| – | x y |"]
+    assert markdown_table([]) == ""
 
 
 # ---- the command
@@ -190,7 +239,7 @@ def test_the_command_stages_and_says_when_quarto_is_missing(small, tmp_path, mon
     monkeypatch.setenv("AERIAL_RUNS", str(tmp_path / "runs")); monkeypatch.setenv("AERIAL_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr(book.shutil, "which", lambda name: None)
     assert aerial_report(["--no-render"]) == 0 and "2 pages staged" in capsys.readouterr().out
-    assert aerial_report([]) == 1 and "Quarto is not installed" in capsys.readouterr().err
+    assert aerial_report([]) == 1 and "pip install quarto-cli" in capsys.readouterr().err and (tmp_path / "book/train_x.ipynb").is_file()
     small.unlink()
     assert aerial_report([]) == 2 and "there is no nbs/train_x.ipynb: correct the list" in capsys.readouterr().err
     (tmp_path / "_quarto.yml").unlink()
@@ -205,3 +254,347 @@ def test_the_command_calls_quarto_and_keeps_its_word(small, tmp_path, monkeypatc
     monkeypatch.setattr(book.shutil, "which", lambda name: str(fake))
     assert aerial_report([]) == (1 if code else 0)
     assert (tmp_path / "called").read_text() == "render"
+
+# ---- the staged tree
+
+LINK = re.compile(r"(?<!\\)(!?)\[(?:[^\]\\]|\\.|\](?!\())*\]\(([^()\s]+)(?:\s+\"[^\"]*\")?\)")
+LABEL = re.compile(r"\{#([\w-]+)[^}]*\}")
+CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)", re.S)
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|work|tmp|farm|Users|mnt|var|opt|usr|private|content)/[\w.-]+")
+
+
+def page_texts(page: Path) -> list[str]:
+    "The Markdown of a page; of a notebook its cells and their Markdown outputs."
+    if page.suffix == ".md": return [page.read_text(encoding="utf-8")]
+    cells = nbformat.read(page, 4).cells
+    shown = ["".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", [])]
+    return [*(c.source for c in cells if c.cell_type == "markdown"), *filter(None, shown)]
+
+
+def prose(text: str) -> str:
+    "Text without code."
+    return CODE.sub("", re.sub(r"^\s*(`{3,}|~{3,}).*?^\s*\1\s*$", "", text, flags=re.M | re.S))
+
+
+def tree_faults(root: Path, pages: list[Path]) -> list[str]:
+    "Everything that is wrong with a staged book."
+    faults, labels = [], {p: {x for t in page_texts(p) for x in LABEL.findall(t)} for p in pages}
+    everywhere = [x for p in pages for x in labels[p]]
+    faults += [f"{x} stands twice" for x in sorted({x for x in everywhere if everywhere.count(x) > 1})]
+    for page in pages:
+        name = page.relative_to(root).as_posix()
+        for text in page_texts(page):
+            faults += [f"{name}, {fault}" for fault in page_faults(text)]
+            for picture, target in LINK.findall(prose(text)):
+                if re.match(r"https?://[\w.-]+\.[a-z]+(/\S*)?$", target): continue
+                place, _, anchor = target.partition("#")
+                file = (page.parent / place).resolve() if place else page.resolve()
+                if not file.is_file() or not file.is_relative_to((root / "book").resolve()): faults.append(f"{name}: {target} is not there")
+                elif anchor and anchor not in labels.get(root / file.relative_to(root.resolve()), ()): faults.append(f"{name}: no {anchor} in {place}")
+                if picture and file.suffix != ".png": faults.append(f"{name}: {target} is no picture")
+            faults += [f"{name}: @{x} leads nowhere" for x in re.findall(r"(?<![\\\w])@(sec-[\w-]+)", prose(text)) if x not in everywhere]
+        raw = page.read_text(encoding="utf-8")
+        faults += [f"{name}: {found.group()}" for found in MACHINE_PATH.finditer(re.sub(r'"image/\w+": "[^"]*"', "", raw))]
+        if re.search(r"Traceback \(most recent call last\)", raw): faults.append(f"{name}: a traceback")
+        if page.stat().st_size > 2_000_000: faults.append(f"{name}: {page.stat().st_size} bytes")
+    for file in (root / "book").rglob("*.*"):
+        if file.suffix == ".png" and file.stat().st_size > 400_000: faults.append(f"{file.name}: a large picture")
+        if file.suffix == ".html" and REMOTE.search(file.read_text(encoding="utf-8")): faults.append(f"{file.name}: loads from the network")
+    return faults
+
+
+REMOTE = re.compile(r"<(script|link|iframe)\b[^>]*(src|href)\s*=\s*[\"']?(https?:)?//", re.I)
+
+
+def test_the_staged_book_has_no_fault(project):
+    root, pages = project
+    assert tree_faults(root, pages) == []
+
+
+def test_the_search_for_faults_finds_some(tmp_path):
+    page = tmp_path / "book/x.md"; page.parent.mkdir()
+    page.write_text("# X {#sec-x}\n\n[a](gone.md) [b](x.md#sec-y) ![c](x.md) @sec-z and `[code](no)`\n\n| a | b |\n|---|---|\n| 1 |\n\n::: {.n}\n\n"
+                    f"<script>go()</script> {'/'.join(['', 'tmp', 'ann'])}\n\n[fine](https://a.org/b) [own](#sec-x)\n")
+    faults = tree_faults(tmp_path, [page])
+    for said in ("gone.md is not there", "no sec-y", "no picture", "@sec-z leads nowhere", "1 cells, 2", "not closed", "active content", "tmp"): assert said in str(faults), said
+    assert len(faults) == 8
+
+
+def test_made_pages_say_how_to_begin_where_nothing_was_run(tmp_path):
+    (tmp_path / "_quarto.yml").write_text(yaml.safe_dump(dict(book=dict(chapters=[p for p in made_pages() if p != "book/path.md"]))))
+    pages = stage(tmp_path, tmp_path / "runs", tmp_path / "results")
+    assert tree_faults(tmp_path, pages) == [] and len(pages) == len(made_pages()) - 1
+    for page in pages:
+        text = page.read_text()
+        assert re.match(r"# .+ \{#sec-[a-z-]+\}\n\n> ", text)
+        assert "aerial_run nbs/" in text or "aerial_publish RUN" in text, page.name
+
+
+# ---- runs of all kinds
+
+EVIL = "<img src=x onerror=alert(1)>|**b** `c` [d](javascript:alert(1)) {{" + "< include ../secret >}} $x$ ::: <script>alert(2)</script>"
+
+
+def made_run(home: Path, id: str, *, metrics=None, params=None, experiment="train_unet", iou=.5, hash="ab12", error=None, history=True) -> Path:
+    "A small run folder, written by hand."
+    folder = home / experiment / id
+    folder.mkdir(parents=True)
+    ends = dict(iou=dict(value=iou, low=iou - .1, high=iou + .1, scenes=9, seeds=1))
+    scored = {"unet": dict(scenes=9, seeds=1, thresholds=[.4], cost=[dict(seconds=60., parameters=7000)], intervals=ends)}
+    kept = dict(params=dict(data="town", epochs=2, resume="") | (params or {}), env=dict(started="2026-01-01T00:00:00", cpu="a processor", cores=2))
+    if error: kept["error"] = dict(error="ValueError", message=error)
+    else: kept["metrics"] = dict(protocol="split", split_hash=hash, arms=scored, finished=True, wall_s=60.) | (metrics or {})
+    for name, values in kept.items(): (folder / f"{name}.json").write_text(json.dumps(values))
+    if history: (folder / "history.csv").write_text("epoch,arm,seed,valid_iou,train_loss\n" + "".join(f"{e},unet,0,{iou * e / 4},{1 - e / 4}\n" for e in (1, 2, 3)))
+    return folder
+
+
+@pytest.fixture
+def made_only(tmp_path):
+    "A project of made pages, and a notebook."
+    (tmp_path / "nbs").mkdir()
+    chapter(tmp_path / "nbs/train_unet.ipynb", new.new_markdown_cell("# Train\n\n> Learn."), new.new_code_cell("epochs = 2", metadata=dict(tags=["parameters"])))
+    pages = ["book/train_unet.ipynb", *(p for p in made_pages() if p != "book/path.md")]
+    (tmp_path / "_quarto.yml").write_text(yaml.safe_dump(dict(book=dict(chapters=pages))))
+    return tmp_path
+
+
+def staged(root: Path) -> list[Path]: return stage(root, root / "runs", root / "results")
+
+
+def test_hostile_names_and_values_are_printed_and_not_obeyed(made_only):
+    root = made_only
+    folder = made_run(root / "runs", "a" * 3, params=dict(data=EVIL, note=EVIL), metrics=dict(split_hash=EVIL, note=EVIL))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["arms"][EVIL] = metrics["arms"].pop("unet")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    made_run(root / "runs", "<b>bold</b> | x", error=EVIL)
+    made_run(root / "runs", "second", experiment="<i>train")
+    shutil.copytree(folder, root / "results/train_unet/<u>record")
+    (root / "results/train_unet/<u>record/record.json").write_text(json.dumps(dict(run="bbb")))
+    cells = [new.new_markdown_cell(f"# Train\n\n{EVIL}"), new.new_code_cell("x", outputs=[new.new_output("display_data", data={"text/html": EVIL})])]
+    nbformat.write(new.new_notebook(cells=cells), folder / "train_unet.ipynb")
+    pages = staged(root)
+    assert [f for f in tree_faults(root, pages) if "active" in f or "shortcode" in f or "cells," in f or "closed" in f or "not there" in f] == []
+    for page in pages:
+        for text in page_texts(page):
+            bare = prose(text)
+            assert not re.search(r"<(img|script|b|i|u)\b", bare) or page.suffix == ".ipynb", page.name
+            assert not re.search(r"<script|onerror\s*=|javascript:|\{\{<", re.sub(r"&lt;.*", "", bare)) or "\\" in bare, page.name
+            assert "{{" + "<" not in text, page.name
+    runs = (root / "book/runs.md").read_text()
+    assert "&lt;img" in runs and "&lt;b&gt;bold" in runs
+
+
+def html_of(page: Path) -> str:
+    from markdown_it import MarkdownIt
+    return "\n".join(MarkdownIt("commonmark", {"html": True}).enable("table").render(t) for t in page_texts(page))
+
+
+def test_no_script_comes_through_a_renderer(made_only):
+    from bs4 import BeautifulSoup
+    root = made_only
+    made_run(root / "runs", "one", params=dict(data=EVIL, note=EVIL), metrics=dict(split_hash=EVIL))
+    made_run(root / "runs", "two", error=EVIL)
+    for page in staged(root):
+        soup = BeautifulSoup(html_of(page), "html.parser")
+        assert not soup.find(["script", "iframe", "object"]) and not soup.find("img", src="x"), page.name
+        assert not [a for a in soup.find_all("a") if a.get("href", "").startswith("javascript")], page.name
+        assert not [t for t in soup.find_all(True) if any(k.startswith("on") for k in t.attrs)], page.name
+
+
+def test_broken_folders_are_shown_as_such(made_only):
+    root = made_only
+    for id, name, text in (("cut", "metrics.json", '{"arms": {'), ("list", "metrics.json", "[1]"), ("odd", "metrics.json", '{"finished": true, "arms": {"a": 3}}'),
+                           ("empty", "params.json", ""), ("none", "env.json", "\x00")):
+        (made_run(root / "runs", id) / name).write_text(text)
+    (root / "runs/train_unet/bare").mkdir()
+    (root / "runs/train_unet/file").write_text("")
+    made_run(root / "runs", "fine")
+    pages = staged(root)
+    text = (root / "book/runs.md").read_text()
+    for id in ("cut", "list", "empty", "bare"): assert "**unreadable**" in text.split(f"### {id} ")[1].split("###")[0], id
+    assert "0.500 [0.40, 0.60]" in text.split("### fine ")[1].split("###")[0]
+    assert tree_faults(root, pages) == []
+
+
+def test_unfinished_runs_are_no_results_and_say_how_to_go_on(made_only):
+    root = made_only
+    made_run(root / "runs", "done", iou=.4); made_run(root / "runs", "died", error="no memory")
+    (made_run(root / "runs", "stopped", iou=.9) / "metrics.json").unlink()
+    pages = staged(root)
+    text = (root / "book/runs.md").read_text()
+    assert "-p resume train_unet/died" in text and "-p resume train_unet/stopped" in text and "-p resume train_unet/done" not in text
+    assert "1 finished" in text and "1 failed" in text and "1 unfinished" in text
+    board = (root / "book/results/roads.md").read_text()
+    assert "0.400" in board and "stopped" not in board and "died" not in board
+    assert tree_faults(root, pages) == []
+
+
+def test_a_page_of_a_task_ranks_within_the_same_tiles_and_follows_the_data(made_only):
+    root = made_only
+    made_run(root / "runs", "low", iou=.3); made_run(root / "runs", "high", iou=.7); made_run(root / "runs", "other", iou=.95, hash="ff00")
+    made_run(root / "runs", "check", iou=.99, metrics=dict(protocol="overfit", is_result=False))
+    pages = staged(root)
+    text = (root / "book/results/roads.md").read_text()
+    together, alone = text.split("### Alone on their tiles")
+    alone, checks = alone.split("## Checks: road masks")
+    assert together.index("0.700 [0.60, 0.80]") < together.index("0.300 [0.20, 0.40]") and "0.950" not in together
+    assert "0.950" in alone and "0.990" in checks and "scored on what it was trained on" in checks and "0.990" not in together + alone
+    assert "intervals do not overlap" in together and "differences-" in together and "curves-" in together
+    front = (root / "book/front.md").read_text()
+    assert "0.700" in front and "above the other" in front and "0.990" not in front
+    (root / "runs/train_unet/low/metrics.json").write_text((root / "runs/train_unet/low/metrics.json").read_text().replace("0.3", "0.65"))
+    assert "0.650" in stage_text(root, "results/roads.md") and "1 of 1 others may be as good" in stage_text(root, "front.md")
+    assert tree_faults(root, pages) == []
+
+
+def stage_text(root: Path, page: str) -> str:
+    staged(root)
+    return (root / "book" / page).read_text()
+
+
+def test_maps_come_along_when_they_read_offline(made_only):
+    root = made_only
+    folder = made_run(root / "runs", "one")
+    (folder / "maps").mkdir(); (folder / "errors").mkdir()
+    (folder / "maps/scene.html").write_text("<html><script>draw()</script></html>")
+    (folder / "errors/worst tiles.html").write_text("<html></html>")
+    (folder / "map.html").write_text('<script src="https://cdn.example.org/x.js"></script>')
+    pages = staged(root)
+    text = (root / "book/runs.md").read_text()
+    assert "[maps/scene](maps/train-unet-one/maps-scene.html)" in text and "`map.html` in its folder (needs the network)" in text
+    assert len(list((root / "book/maps").rglob("*.html"))) == 2 and tree_faults(root, pages) == []
+    assert "../maps/train-unet-one/maps-scene.html" in (root / "book/results/roads.md").read_text()
+
+
+# ---- staging itself
+
+def test_nothing_changes_when_a_page_cannot_be_made(made_only):
+    root = made_only
+    made_run(root / "runs", "one"); staged(root)
+    before = {p: p.read_bytes() for p in (root / "book").rglob("*") if p.is_file()}
+    made_run(root / "runs", "two"); (root / "nbs/train_unet.ipynb").write_text(json.dumps(dict(cells=[], metadata={}, nbformat=4, nbformat_minor=5)))
+    with pytest.raises(ValueError, match="must be `# Title`"): staged(root)
+    assert {p: p.read_bytes() for p in (root / "book").rglob("*") if p.is_file()} == before
+
+
+def test_the_same_runs_give_the_same_bytes_and_unchanged_files_are_left_alone(made_only):
+    root = made_only
+    made_run(root / "runs", "one"); made_run(root / "runs", "two", iou=.6); staged(root)
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (root / "book").rglob("*") if p.is_file() and p.name != ".lock"}
+    staged(root)
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (root / "book").rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_what_is_no_longer_needed_goes(made_only):
+    root = made_only
+    made_run(root / "runs", "one"); made_run(root / "runs", "two", iou=.6); staged(root)
+    pictures = set((root / "book/pictures").rglob("*.png"))
+    (root / "book/old").mkdir(); (root / "book/old/page.md").write_text("x"); (root / "book/train_unet_files").mkdir(); (root / "book/train_unet_files/x.png").write_text("x")
+    shutil.rmtree(root / "runs/train_unet/two"); staged(root)
+    assert pictures and not pictures & set((root / "book/pictures").rglob("*.png")) and not (root / "book/old").exists()
+    assert (root / "book/train_unet_files/x.png").is_file()      # a render's own
+
+
+def test_two_stagings_at_once_leave_a_whole_book(made_only):
+    root = made_only
+    for k in range(4): made_run(root / "runs", f"r{k}", iou=.3 + k / 10)
+    with ThreadPoolExecutor(4) as pool: done = list(pool.map(lambda _: staged(root), range(4)))
+    assert all(d == done[0] for d in done) and tree_faults(root, done[0]) == []
+    assert not list((root / "book").rglob(".part-*"))
+    alone = {p.relative_to(root): p.read_bytes() for p in (root / "book").rglob("*") if p.is_file()}
+    shutil.rmtree(root / "book"); staged(root)
+    assert {p.relative_to(root): p.read_bytes() for p in (root / "book").rglob("*") if p.is_file()} == alone
+
+
+def test_a_killed_staging_leaves_whole_files(made_only, monkeypatch):
+    root = made_only
+    made_run(root / "runs", "one"); staged(root)
+    before = {p: p.read_bytes() for p in (root / "book").rglob("*") if p.is_file()}
+    made_run(root / "runs", "two", iou=.6)
+    calls, real = [], book.os.replace
+    def dies(a, b):
+        calls.append(b)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return real(a, b)
+    monkeypatch.setattr(book.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt): staged(root)
+    assert not list((root / "book").rglob(".part-*"))
+    for path in before: assert path.read_bytes() == before[path] or path in map(Path, calls)
+
+
+@pytest.mark.slow
+def test_a_hundred_runs_are_staged_in_ten_seconds(project, tmp_path):
+    for k in range(100):
+        made_run(tmp_path / "runs", f"r{k:03d}", iou=.2 + k / 200, hash=f"split{k % 5}", experiment=("train_unet", "train_spin", "train_roofs")[k % 3],
+                 error="no memory" if k % 20 == 19 else None)
+    spent = time.process_time()
+    pages = stage(project[0], tmp_path / "runs", tmp_path / "results")
+    spent = time.process_time() - spent
+    stage(project[0], project[0] / "runs", project[0] / "results")      # the fixture as it was
+    assert len(pages) > 100 and spent < 10, f"{spent:.1f} s of processor time"
+
+
+# ---- every notebook
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+REPOSITORY = re.compile(r"github\.com/([\w.-]+/[\w.-]+)")
+
+
+def sources(path: Path) -> list[tuple[str, str]]:
+    return [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+
+EXPERIMENTS = [p for p in NOTEBOOKS if "#| default_exp" not in "\n".join(s for _, s in sources(p))]
+by_name = dict(ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, **by_name)
+def test_an_experiment_opens_in_colab_as_itself(path):
+    first, install = sources(path)[0][1], sources(path)[1][1]
+    place = path.relative_to(ROOT).as_posix()
+    found = re.findall(r"\[!\[[^\]]+\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]"
+                       r"\(https://colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/([\w./-]+)\)", first)
+    assert found and found[0][1] == place, f"the badge must open {place}"
+    assert len(found) == 1 and set(REPOSITORY.findall(install)) == {found[0][0]}, "the badge and the install cell must name one repository"
+
+
+def test_all_badges_name_one_repository():
+    assert len({m for p in EXPERIMENTS for m in REPOSITORY.findall(sources(p)[1][1])}) == 1
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p not in EXPERIMENTS], **by_name)
+def test_a_chapter_ends_with_the_one_line_that_does_the_same(path):
+    last = [s for kind, s in sources(path) if kind == "markdown"][-1].rstrip()
+    final = last.split("\n\n")[-1]
+    assert final.endswith("```") or re.search(r"`[^`\n]{6,}`", final) and not re.match(r"\d+\.|- ", final), f"ends with: {final[-80:]}"
+
+
+# ---- the walks
+
+def path_table() -> list[tuple[str, str]]: # chapters, command
+    rows = [re.sub(r"\\\|", "", line).strip("| ").split(" | ") for line in (ROOT / "docs/path.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return [(r[1], r[2].strip("` ")) for r in rows if r[0].strip() != "step"]
+
+
+def test_the_walks_lead_to_chapters_and_commands_that_exist():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert len(path_table()) > 20
+    for chapters, command in path_table():
+        links = re.findall(r"\]\((\.\./nbs/[\w/]+\.ipynb)\)", chapters)
+        assert links and all((ROOT / "docs" / link).resolve().is_file() for link in links), chapters
+        words = shlex.split(command)
+        assert words[0] in scripts or words[0] == "python", command
+        if words[0] in ("aerial_run", "aerial_launch"):
+            known = notebook_parameters(ROOT / words[1])
+            assert {words[k + 1] for k, w in enumerate(words) if w == "-p"} <= known.keys(), command
+
+
+@pytest.mark.slow
+def test_the_small_commands_of_the_walks_run():
+    for _, command in path_table():
+        words = shlex.split(command)
+        if words[0] != "python": continue
+        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-500:]}"
