@@ -34,7 +34,7 @@ class RoadRules:
     min_area_m2: float = 50.   # pieces of road pixels smaller than this go before they are thinned
     min_length_m: float = 30.  # connected roads shorter than this in all go
     prune_m: float = 10.       # dead ends shorter than this go; those within the width of a road always do
-    gap_m: float = 0.          # ends that point at each other across less than this are joined
+    gap_m: float = 20.         # ends that point at each other, or at a road, across less than this are joined
     simplify_m: float = 0.     # how far a line may move for having fewer nodes; never less than a pixel
     part_px: int = 2048        # side of the parts that a scene is worked on in
     halo_px: int = 128         # how far a part looks beyond its border; farther by itself where roads are wide

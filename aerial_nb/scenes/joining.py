@@ -52,18 +52,23 @@ def _box(core: tuple) -> tuple: # x0, y0, x1, y1
     row, col, height, width = core
     return col, row, col + width, row + height
 
+_TINY = 1e-6    # pixels; what two parts compute of one place differs by less
+
 def _on_border(at: np.ndarray, core: tuple, shape: tuple[int, int]) -> np.ndarray: # (n,) bool
     "Which places lie on a border of a core that is none of the scene."
     x0, y0, x1, y1 = _box(core)
-    on = (at[:, 0] == x0) & (x0 > 0) | (at[:, 0] == x1) & (x1 < shape[1])
-    return on | (at[:, 1] == y0) & (y0 > 0) | (at[:, 1] == y1) & (y1 < shape[0])
+    on = np.zeros(len(at), bool)
+    for axis, low, high, end in ((0, x0, x1, shape[1]), (1, y0, y1, shape[0])):
+        if low > 0: on |= np.abs(at[:, axis] - low) < _TINY
+        if high < end: on |= np.abs(at[:, axis] - high) < _TINY
+    return on
 
 def _pairs(at: np.ndarray, part: np.ndarray, snap_px: float) -> tuple: # (k, 2) at the same place, (l, 2) near
     "Which ends of different parts are one; of near ones each has one partner, the nearest first."
     from scipy.spatial import cKDTree
-    close = cKDTree(at).query_pairs(max(snap_px, 1e-6), output_type="ndarray")
+    close = cKDTree(at).query_pairs(max(snap_px, 2 * _TINY), output_type="ndarray")
     far = np.hypot(*(at[close[:, 0]] - at[close[:, 1]]).T)
-    same = close[far <= 1e-6]
+    same = close[far <= 2 * _TINY]
     taken = np.zeros(len(at), bool)
     taken[same] = True
     near = []
@@ -99,7 +104,7 @@ def _dissolved(graph: RoadGraph, seam: np.ndarray) -> RoadGraph:
         size = np.maximum(np.hypot(*way.T), 1e-9)
         off = np.abs(way[:, 0] * step[:, 1] - way[:, 1] * step[:, 0]) / size
         between = ((step * way).sum(1) > 0) & ((step * way).sum(1) < size**2)
-        go = (off < 1e-6) & between & (a != b)
+        go = (off < 4 * _TINY) & between & (a != b)
         loose = np.zeros(len(nodes), bool)
         loose[middle[go]] = True
         go &= ~(loose[a] & (a < middle)) & ~(loose[b] & (b < middle))    # of neighbours one at a time
@@ -180,6 +185,6 @@ def join_parts(
     "One road graph of a scene of any size."
     if not snap_px >= 0: raise DataError(f"snap_px is 0 or more, got {snap_px}")
     parts = cores(shape, part_px)
-    graphs = tqdm(_in_order(make, parts, workers), total=len(parts), desc="parts of the road graph",
+    graphs = tqdm(_in_order(make, parts, workers), total=len(parts), desc="parts of the road graph", delay=2,
                   disable=not progress or len(parts) == 1, leave=False)
     return joined(graphs, parts, shape, snap_px)
