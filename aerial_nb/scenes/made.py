@@ -29,6 +29,10 @@ class Made:
     earlier: int = 0     # rows that an earlier job had finished
     no_data: float | None = None # share of the pixels that have no data
 
+    def __repr__(self) -> str:
+        blank = "" if self.no_data is None else f", {self.no_data:.1%} no data"
+        return f"Made({self.path.name}{blank}, {len(self.damaged)} damaged blocks)"
+
 # %% ../../nbs/scenes/made.ipynb #87c18e56
 _GREY = 190, 190, 190
 
@@ -72,8 +76,8 @@ def _facts(made: Made) -> dict:
     crs = "none: pixel space" if info.crs is None else info.crs.to_string()
     blocks = "; ".join(f"rows {r}..{r + h}, columns {c}..{c + w}" for r, c, h, w in made.damaged[:3])
     facts = {"map": made.path.name, "size": f"{info.shape[0]:,} rows x {info.shape[1]:,} columns, {info.dtype}", "CRS": crs[:60] + "..." * (len(crs) > 60),
-             "pixel size": f"{info.gsd_m:.3g} m" if info.gsd_m else "unknown", "seen by the network": f"at {1 / made.factor:.3g} times that size"}
-    if made.factor == 1: facts.pop("seen by the network")
+             "pixel size": f"{info.gsd_m:.3g} m" if info.gsd_m else "unknown"}
+    if made.factor != 1: facts["network saw"] = f"pixels of {info.gsd_m / made.factor:.3g} m" if info.gsd_m else f"pixels {1 / made.factor:.3g} times as large"
     return facts | {"model": tags.get("AERIAL_MODEL", "unknown"), "class" + "es" * (len(names) > 1): ", ".join(names),
                     "threshold": tags.get("AERIAL_THRESHOLD", "none chosen"), "no data": "unknown" if made.no_data is None else f"{made.no_data:.1%}",
                     "damaged blocks": f"{len(made.damaged)} ({blocks}{', ...' * (len(made.damaged) > 3)})" if made.damaged else "none"}

@@ -9,7 +9,6 @@ __all__ = ['logger', 'predict_raster', 'aerial_predict']
 
 # %% ../../nbs/scenes/rasters.ipynb #57cbe1ee
 import logging
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -74,33 +73,36 @@ def _cache_bytes(info, size: int, factor: float, workers: int) -> int:
     line = info.shape[1] * info.bands * np.dtype(info.dtype).itemsize
     return int(np.clip(line * (size / factor + 256) * workers, 32 << 20, 384 << 20))
 
-def _origin(info, factor: float) -> tuple[int, int]: # row, col
-    "Where the image begins among the pixels of all images of its grid."
-    if info.transform is None or factor != 1: return 0, 0
-    back = ~info.transform
-    return math.floor(.25 - back.f), math.floor(.25 - back.c)   # corners lie on pixels or in their middles; neither is near .75
-
 def _plan(info, eyes: list[Eye], look: Look, factor: float) -> tuple[tuple, Cover]:
     "The network's grid, and the windows on it. Raises DataError."
     network = info.shape if factor == 1 else tuple(max(1, round(n * factor)) for n in info.shape)
     stride = max(eye.stride for eye in eyes)
     size = look.size or -(-int(eyes[0].card.extra.get("size") or 256) // stride) * stride
-    try: return network, cover(network, size, *(None if v < 0 else v for v in (look.overlap, look.margin)), stride, _origin(info, factor))
+    try: return network, cover(network, size, *(None if v < 0 else v for v in (look.overlap, look.margin)), stride)
     except ValueError as error: raise DataError(str(error)) from error
+
+def _local(image) -> bool: return "://" not in str(image) and not str(image).startswith("/vsi")
+
+def _info(image): # RasterInfo
+    "The header of the image. Raises DataError."
+    if _local(image) and Path(image).is_dir(): raise DataError(f"{image} is a folder: give one image, or a mosaic of all (gdalbuildvrt)")
+    if _local(image) and not Path(image).exists(): raise DataError(f"{image}: no such file")
+    try: return raster_info(image)
+    except DataError as error: raise DataError(str(error).replace(", or leave it out of the samples", "")) from error
 
 def _check_out(out, image) -> None:
     "Refuse an output that is no GeoTIFF, and one that is the image or a part of it."
     if Path(out).suffix.lower() not in (".tif", ".tiff"): raise DataError(f"{out}: the map is a GeoTIFF, name it .tif")
+    if Path(out).is_dir(): raise DataError(f"{out} is a folder: choose another name")
     if not Path(out).exists(): return
     with open_raster(image) as d: parts = [Path(p) for p in (str(image), *d.files)]
     if any(p.exists() and p.samefile(out) for p in parts): raise DataError(f"{out} is the image itself, or a part of it: choose another name")
 
 def _identity(image, eyes: list[Eye], look: Look, plan: Cover, device: str) -> dict:
     "What must be the same for finished rows to count."
-    remote = "://" in str(image) or str(image).startswith("/vsi")
-    stat = None if remote else os.stat(image)
-    return dict(image=Path(image).name, bytes=None if remote else [stat.st_size, stat.st_mtime_ns], models=[e.key for e in eyes],
-                look=asdict(look), windows=[len(plan.seen), plan.blend, *map(int, plan.seen[-1]), *map(int, plan.kept[-1])], device=device.split(":")[0])
+    stat = os.stat(image) if _local(image) else None
+    return dict(image=Path(image).name, bytes=stat and [stat.st_size, stat.st_mtime_ns], models=[e.key for e in eyes],
+                look=asdict(look), windows=[len(plan.seen), plan.blend, *map(int, plan.seen[-1])], device=device.split(":")[0])
 
 # %% ../../nbs/scenes/rasters.ipynb #a1ec83bf
 def predict_raster(
@@ -109,13 +111,14 @@ def predict_raster(
     out: str | Path,       # .tif
     look: Look | None = None, # `Look()` by default
     device: str = "cpu",
-    workers: int = 2,      # threads that read; with ray: processes
+    workers: int = 2,      # threads that read
     overwrite: bool = False,
     progress: bool = True, # show a bar
     backend: str = "threads", # of `map_windows`
 ) -> Made: # raises DataError: what is asked for is not possible; DiskFull; finished rows are kept
     "Predict a raster to a GeoTIFF on the same pixels."
-    look, eyes, info = look or Look(), open_eyes(models), raster_info(image)
+    look, eyes, info = look or Look(), open_eyes(models), _info(image)
+    if workers < 1: raise DataError(f"workers must be 1 or more, got {workers}")
     _check_out(out, image)
     factor = check_fit(image, info, eyes, look)
     network, plan = _plan(info, eyes, look, factor)
@@ -130,9 +133,17 @@ def predict_raster(
         bar.set_description("write")
         finish_rows(rows, info.crs, info.transform, "nan" if look.dtype == "float32" else LEVELS[look.dtype] + 1,
                     1 / LEVELS[look.dtype], _tags(eyes, look, factor, damaged), eyes[0].classes)
-    if damaged: logger.error("%s: %d blocks could not be read and have no data in the map: %s%s", image, len(damaged), ", ".join(
-        f"rows {r}..{r + h}, columns {c}..{c + w}" for r, c, h, w in damaged[:8]), ", ..." * (len(damaged) > 8))
-    return Made(Path(out), factor, damaged, earlier, rows.blank / (info.shape[0] * info.shape[1]))
+    made = Made(Path(out), factor, damaged, earlier, rows.blank / (info.shape[0] * info.shape[1]))
+    _tell(image, made)
+    return made
+
+def _tell(image, made: Made) -> None:
+    "Say what is missing."
+    if n := len(made.damaged):
+        where = ", ".join(f"rows {r}..{r + h}, columns {c}..{c + w}" for r, c, h, w in made.damaged[:8])
+        logger.error("%s: %d block%s could not be read and %s no data in the map: %s%s", image, n, "s" * (n > 1), "have" if n > 1 else "has",
+                     where, ", ..." * (n > 8))
+    if made.no_data == 1: logger.warning("%s has no valid pixel: the map holds no data at all", image)
 
 def _fill(rows, seer: Seer, plan: Cover, workers: int, backend: str, bar) -> None:
     "All rows that are missing."
@@ -155,11 +166,16 @@ def _colour(text: str) -> tuple | None: # of "255,255,255"
     try: return tuple(float(t) if "." in t else int(t) for t in text.split(",")) if text else None
     except ValueError: raise DataError(f"fill '{text}' is no number, and no list such as 255,255,255") from None
 
+def _device(name: str) -> str:
+    from aerial_nb.settings import pick_device
+    try: return str(pick_device(name))
+    except ValueError as error: raise DataError(str(error)) from None
+
 @command
 def aerial_predict(
     image: str,             # raster of any size, anything rasterio opens
     model: str,             # a run, RUN/ARM, or a folder with model.safetensors; several with commas between are averaged
-    out: str,               # GeoTIFF of probabilities; the same command goes on where it stopped
+    out: str,               # GeoTIFF of probabilities, a band a class; the same command goes on where it stopped
     size: int = 0,          # pixels of a window as the network sees them; 0: as in training
     overlap: int = -1,      # pixels that windows share; -1: a quarter
     margin: int = -1,       # pixels at the border of windows that are not used; -1: a quarter of the overlap
@@ -170,16 +186,15 @@ def aerial_predict(
     fill: str = "",         # declared no-data colour, such as 255,255,255
     dtype: str = "uint8",   # uint8 (254 is 1, 255 no data), uint16, float32
     device: str = "auto",   # cpu, cuda, mps
-    workers: int = 2,       # threads that read; with ray: processes
+    workers: int = 2,       # threads that read
     overwrite: store_true = False, # an output that exists, or unfinished rows of another job
-    backend: str = "threads", # threads of this process, or ray: processes on the cluster of settings.ini
 ): # exit code: 0 done, 1 done but some blocks could not be read, 2 refused, 3 disk full, 130 interrupted
     "Predict a raster of any size with a saved model."
     logging.basicConfig(level=logging.INFO, format="aerial_predict: %(message)s")
     try:
-        from aerial_nb.settings import pick_device
+        logging.getLogger("rasterio").setLevel(logging.CRITICAL)   # what GDAL says comes back in our own words
         look = Look(size, overlap, margin, batch, bool(turns), gsd, data_gsd_m, _colour(fill), dtype)
-        made = predict_raster(image, model, out, look, str(pick_device(device)), workers, bool(overwrite), backend=backend)
+        made = predict_raster(image, model, out, look, _device(device), workers, bool(overwrite))
     except DataError as error: logger.error("%s", error); raise SystemExit(2) from None
     except DiskFull as error: logger.error("%s", error); raise SystemExit(3) from None
     except OSError as error: logger.error("%s", error); raise SystemExit(2) from None

@@ -69,6 +69,11 @@ class Seer:
             raise DataError(f"{self.device} has no room for {len(pixels)} windows of {pixels.shape[-2]} x {pixels.shape[-1]} pixels: take a "
                             "smaller batch, then a smaller size; rows that are finished are kept for the same size") from error
 
+    def _on_image(self, windows: np.ndarray) -> np.ndarray: # (n, 4)
+        "Windows of the network's grid on that of the image, for messages."
+        (rows, cols), (high, wide) = self.shape, self.network
+        return (np.array([list(w) for w in windows]) * np.array([rows / high, cols / wide] * 2)).round().astype(int)
+
     def look_at(self, window) -> tuple: # pixels, valid, damaged
         "A window of the network's grid."
         if self.shape == self.network: return self.reader.read(window)
@@ -86,7 +91,7 @@ class Seer:
         probs, some = np.full((len(valid), layers, *valid.shape[1:]), np.nan, "float32"), valid.any((1, 2))
         if some.any():
             batch = np.stack([p for p, s in zip(pixels, some) if s])
-            probs[some] = self._answers(batch, valid[some], windows[some]).reshape(-1, *probs.shape[1:])
+            probs[some] = self._answers(batch, valid[some], self._on_image(windows[some])).reshape(-1, *probs.shape[1:])
             probs = np.where(valid[:, None], probs, np.float32(np.nan))
         return Seen(probs[:, 0] if layers == 1 else probs, sorted({block for part in lost for block in part}))
 
