@@ -172,7 +172,9 @@ def write_suspects(
     out = Path(out)
     placed = table.crs is not None and table.crs != PIXELS
     if out.suffix == ".csv":
-        table.assign(geometry=shapely.to_wkt(table.geometry.to_numpy(), rounding_precision=2 if not placed or table.crs.is_projected else 7)).to_csv(out, index=False)
+        digits = 2 if not placed or table.crs.is_projected else 7
+        wkt = shapely.to_wkt(table.geometry.to_numpy(), rounding_precision=digits)
+        pd.DataFrame(table.drop(columns="geometry")).assign(geometry=wkt).to_csv(out, index=False)
         return out
     if out.suffix not in (".gpkg", ".geojson"): raise DataError(f"{out.name}: suspects are written as .gpkg, .geojson or .csv")
     if out.suffix == ".geojson":
