@@ -144,7 +144,7 @@ def command(self: Entry) -> str:
 def _number(value) -> float:
     "A number, NaN for anything else."
     try: return math.nan if value is None or isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError): return math.nan
+    except (TypeError, ValueError, OverflowError): return math.nan
 
 def _score(name: str, value, ends=None) -> dict:
     "A score as its columns: NAME, NAME_low and NAME_high."

@@ -165,6 +165,7 @@ def speed_table(
     head = {r.entry: (r.entry.rpartition("/")[2], r.date, r.hardware, ", ".join(f"{k} {str(v).rpartition('/')[2]}" for k, v in own[r.entry].items() if v != ""),
                       "ms" if r.metric == "ms" else "per second") for r in board.itertuples()}
     table = board.assign(head=board.entry.map(head)).pivot_table(index="arm", columns="entry", values="value", sort=False)
+    table = table[[e.title for e in entries if e.title in table]]
     table.columns = pd.MultiIndex.from_tuples([head[c] for c in table], names=["run", "date", "hardware", "settings", "unit"])
     return table.rename_axis(None)
 

@@ -176,7 +176,8 @@ def statements(entries: Sequence[Entry], board: pd.DataFrame, baseline: str = ""
     return {g: s or ["One arm was scored on these tiles: there is nothing to compare it with."] for g, s in said.items()}
 
 # %% ../../nbs/report/pairs.ipynb #2518566c
-SETTINGS = {"threshold_source": "thresholds", "protocol": "protocol", "buffer_px": "reach of relaxed scores", "amp": "precision", "seeds": "number of seeds", "hardware": "hardware"}
+SETTINGS = {"threshold_source": "thresholds", "protocol": "protocols", "buffer_px": "reaches of relaxed scores", "amp": "precisions", "seeds": "numbers of seeds",
+            "hardware": "machines"}   # columns of a board, and their names in a sentence
 
 def _gsd(entry: Entry) -> str:
     "The pixel sizes that a run was asked for, in words."
