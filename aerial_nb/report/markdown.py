@@ -107,7 +107,7 @@ def page_faults(
         if not line.lstrip().startswith("|"): columns = 0
         elif columns and _cells(line) != columns: faults.append(f"line {n}: {_cells(line)} cells, {columns} in the heading")
         else: columns = _cells(line)
-        if re.search(r"<\s*/?\s*(script|iframe|object|embed|form)\b|<[^>]+\son\w+\s*=|\]\(\s*javascript:", bare, re.I):
+        if re.search(r"<\s*/?\s*(script|iframe|object|embed|form)\b|<[^>]+\son\w+\s*=|(?<!\\)\]\(\s*javascript:", bare, re.I):
             faults.append(f"line {n}: active content")
         if re.search(r"\{\{<(?!\s*(include|embed)\s+[\w./#-]+\s*>\}\})", bare): faults.append(f"line {n}: a shortcode")
     return faults + [f"line {n}: ::: is not closed" for n in open_]

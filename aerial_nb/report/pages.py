@@ -39,7 +39,7 @@ KEPT = ("text/markdown", "text/latex", "image/png", "image/jpeg", "image/svg+xml
 _ACTIVE = "script|style|iframe|object|embed|form|link|meta|base"
 _WHOLE = re.compile(rf"<({_ACTIVE})\b.*?</\1\s*>", re.S | re.I)
 _TAGS = re.compile(rf"</?({_ACTIVE})\b[^>]*>", re.I)
-_ACTS = re.compile(r"""(<[^>]*?)\s(?:on\w+|srcdoc|formaction)\s*=\s*("[^"]*"|'[^']*'|[^\s>]+)""", re.I)
+_ACTS = re.compile(r"""(<[^>]*?)[\s/](?:on\w+|srcdoc|formaction)\s*=\s*("[^"]*"|'[^']*'|[^\s>]+)""", re.I)
 _SAYS = re.compile(r"(?:java|vb)script:|data:text/html", re.I)
 
 def inert(text: str) -> str:
