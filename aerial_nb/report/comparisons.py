@@ -66,7 +66,7 @@ def plot_curves(
     "Runs over one another: a colour per arm, thin lines per seed, their mean thick."
     if not len(curves): raise ValueError(f"none of these runs kept a curve of {metric}")
     several = curves.run.nunique() > 1
-    lines = {key: rows for key, rows in curves.groupby(["run", "arm"], sort=False)}
+    lines = {key: rows for key, rows in curves.groupby(["run", "arm"])}
     styles, drawn = _styles(list(lines)), [b for b in by if curves[b].notna().any()]
     handles = [plt.Line2D([], [], lw=2, label=_short(f"{arm} ({run.rpartition('/')[2]})" if several else arm, 60), **styles[run, arm]) for run, arm in lines]
     width = max(5, 3.3 * len(drawn) + .4)   # inches
@@ -120,8 +120,9 @@ def budget_points(
 ) -> pd.DataFrame: # line, run, arm, tiles, steps, minutes, parameters, score (Interval)
     "What each arm cost and what it scored."
     named, rows = {e.title: e for e in entries}, []
+    board = board[board.note == ""] if len(board) else board
     several = board.entry.nunique() > 1
-    for r in board[board.note == ""].itertuples() if len(board) else ():
+    for r in board.itertuples():
         steps = steps_per_epoch(named[r.entry]) * r.epochs if r.entry in named and pd.notna(r.epochs) else np.nan
         line = str(r.arm).rpartition(", ")[0] if pd.notna(r.budget) and str(r.arm).endswith(("tiles", "tile")) else str(r.arm)
         rows.append(dict(line=f"{line} ({r.entry.rpartition('/')[2]})" if several else line, run=r.entry, arm=r.arm, tiles=pd.to_numeric(r.budget), steps=steps,
@@ -138,7 +139,7 @@ def plot_budget(
     if by not in known: raise ValueError(f"'{by}' was not recorded by these runs; known costs: {', '.join(known) or 'none'}")
     shown = points[points[by].notna() & points.score.map(lambda i: np.isfinite(i.value))]
     fig, ax = plt.subplots(figsize=(6, 3.5), dpi=72, layout="constrained")
-    wide, lines = shown[by].max() > 8 * max(shown[by].min(), 1e-9), list(shown.groupby("line", sort=False))
+    wide, lines = shown[by].max() > 8 * max(shown[by].min(), 1e-9), list(shown.groupby("line"))
     span = max(shown[by].max() - shown[by].min(), .02 * shown[by].max(), 1e-9)
     for k, ((name, rows), style) in enumerate(zip(lines, _styles(range(len(lines))).values(), strict=True)):
         rows, shift = rows.sort_values(by), k - (len(lines) - 1) / 2
@@ -146,6 +147,7 @@ def plot_budget(
         y, low, high = (np.array([getattr(i, end) for i in rows.score]) for end in ("value", "low", "high"))
         ax.errorbar(x, y, np.nan_to_num([y - low, high - y]).clip(0), marker="o", ms=5, capsize=3, lw=1.6, elinewidth=1.1, label=_short(name, 60), **style)
     if wide: ax.set_xscale("log")
+    elif by != "tiles": ax.set_xlim(0, 1.08 * shown[by].max())   # a tenth of a minute more is not twice as far
     if by == "tiles": ax.set_xticks(sorted(shown[by].unique()), [f"{t:g}" for t in sorted(shown[by].unique())]); ax.minorticks_off()
     first = shown.score.iloc[0]
     ax.set(xlabel=COSTS[by], ylabel=metric_name(first.statistic)); ax.grid(axis="y", alpha=.25); ax.spines[["top", "right"]].set_visible(False)
