@@ -14,7 +14,7 @@ import pandas as pd
 
 from .archive import Entry
 from .leaderboard import as_interval, groups, metric_name, tasks_of
-from .markdown import Page, Raw, block, code, markdown_table, paragraphs, plain_text
+from .markdown import Page, block, markdown_table, paragraphs, plain_text
 from .pages import Book
 from .runpages import duration, pictures
 from .taskpages import TASKS, board_of, run_link, telling
@@ -62,8 +62,8 @@ def best_rows(entries: list[Entry], book: Book, page: str) -> tuple[list[dict], 
                 first = board.iloc[0]
                 score: Interval = as_interval(first)
                 shown.setdefault(task, named[first.entry])
-                rows.append(dict(task=book.link(page, f"book/results/{task}.md", subject), data=first.data, best=Raw(code(first.arm)), measure=metric_name(first.metric),
-                                 score=score, scenes=score.scenes, seeds=score.seeds, **{"beside it": _within(board), "run": run_link(named[first.entry], book, page)}))
+                rows.append(dict(task=book.link(page, f"book/results/{task}.md", subject), data=first.data, best=first.arm, measure=metric_name(first.metric),
+                                 score=score, scenes=score.scenes, seeds=score.seeds, **{"beside it": _within(board), "run": run_link(named[first.entry], book, page, "see")}))
     return rows, shown
 
 def best_pictures(entries: list[Entry], shown: dict[str, Entry], book: Book, page: str) -> Page:

@@ -47,7 +47,8 @@ def cell(value) -> str:
     "What stands in a cell of a table."
     if isinstance(value, Raw): return value or "–"
     if isinstance(value, float) and not isinstance(value, Interval) and abs(value) < .001 and value: return f"{value:.2g}"
-    if value is None or isinstance(value, Interval | float | int): return number(value)
+    if isinstance(value, Interval): return number(value).replace(" ", "\N{NO-BREAK SPACE}")   # an interval stays on its line
+    if value is None or isinstance(value, float | int): return number(value)
     return plain_text(value) or "–"
 
 def markdown_table(

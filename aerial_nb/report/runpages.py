@@ -87,7 +87,8 @@ def go_on(entry: Entry) -> str: # Markdown
     run = shlex.quote(f"{entry.experiment}/{entry.id}")
     says = dict(running="A process is at work in it.", unreadable="Its folder cannot be read: mend the file, or delete the folder.")
     resume = block(f"aerial_run nbs/{shlex.quote(entry.experiment)}.ipynb -p resume {run}")
-    how = says.get(entry.status) or f"It goes on from its last checkpoint with\n\n{resume}"
+    again = f"Its experiment keeps no checkpoints. Make it again with\n\n{block(without_paths(entry.command))}"
+    how = says.get(entry.status) or (f"It goes on from its last checkpoint with\n\n{resume}" if "resume" in entry.params else again)
     return f"**{entry.status}**: {plain_text(str(without_paths(entry.reason))[:600])}\n\n{how}"
 
 # %% ../../nbs/report/runpages.ipynb #fe7e4f13
@@ -100,9 +101,10 @@ def pictures(
     entry: Entry,
     page: str,          # of the book, as in "book/runs.md"
     files: list[Path],  # PNG files of the entry
+    part: str = "",     # of the entry, where its files have names of their own
 ) -> Page: # Markdown and the files it needs
     "Pictures of a run, below each other."
-    home, said, there = f"pictures/{slug(f'{entry.experiment}/{entry.name}')}", [], {}
+    home, said, there = "/".join(filter(None, ["pictures", slug(f"{entry.experiment}/{entry.name}"), part and slug(part)])), [], {}
     up = "../" * (len(Path(page).parts) - 2)
     for file in files:
         what = plain_text(file.stem.replace("_", " "))
@@ -113,7 +115,7 @@ def pictures(
 
 def maps(entry: Entry, page: str) -> Page:
     "Links to the pages and maps of a run that read without the network."
-    found = [f for kind in ("*.html", "maps/*.html", "errors/*.html", "errors/*/*.html") for f in sorted(entry.folder.glob(kind))]
+    found = [f for kind in ("*.html", "maps/*.html", "errors/*.html", "errors/*/*.html", "predictions/*.html") for f in sorted(entry.folder.glob(kind))]
     home, links, there, up = f"maps/{slug(f'{entry.experiment}/{entry.name}')}", [], {}, "../" * (len(Path(page).parts) - 2)
     for file in found:
         name = file.relative_to(entry.folder).with_suffix("").as_posix()
