@@ -93,8 +93,8 @@ class Shapes(Layer):
     _template = Template("{% macro script(this, kwargs) %}var {{ this.get_name() }} = aerialShapes({{ this.data }}, {{ this.style }}, "
                          "{{ this.on_earth }});{% endmacro %}")
 
-    def __init__(self, layer: Coded, name: str, color: str, weight: float = 2., fill: float = .2, on_earth: bool = True, show: bool = True):
-        super().__init__(name=escape(name), overlay=True, show=show)
+    def __init__(self, layer: Coded, name: str, color: str, weight: float = 2., fill: float = .2, on_earth: bool = True):
+        super().__init__(name=escape(name), overlay=True, show=False)   # the panel adds what is shown
         self._name, self.data, self.on_earth = "Shapes", layer.text, "true" if on_earth else "false"
         self.style = for_script(dict(color=color, weight=weight, opacity=.95, fillColor=color, fillOpacity=fill))
 
@@ -105,12 +105,13 @@ function aerialPanel(map, about) {
   panel.onAdd = function () {
     var make = L.DomUtil.create, box = make("details", "aerial-panel leaflet-bar"), head = make("summary", "", box);
     box.open = map.getSize().x > 500;
-    head.textContent = about.title; panel.box = box;
+    head.textContent = about.title.replace(/[_.-]/g, "$&\u200b"); panel.box = box;
     if (about.note) make("div", "aerial-note", box).textContent = about.note;
     about.layers.forEach(function (entry) {
       var layer = entry.layer, row = make("div", "aerial-row", box), top = make("div", "aerial-top", row);
       var line = make("label", "", top), tick = make("input", "", line);
-      tick.type = "checkbox"; tick.checked = map.hasLayer(layer);
+      tick.type = "checkbox"; tick.checked = entry.show;
+      if (entry.show) map.addLayer(layer);
       tick.onchange = function () { tick.checked ? map.addLayer(layer) : map.removeLayer(layer); };
       if (entry.swatch) make("i", "aerial-" + entry.form, line).style.background = entry.swatch;
       make("span", "", line).textContent = entry.name;
@@ -184,6 +185,9 @@ function aerialTools(map, about, panel) {
   }}))(scale).addTo(map);
   map.attributionControl.setPrefix('<a href="https://leafletjs.com">Leaflet</a>');
   if (about.credit) map.attributionControl.addAttribution(about.credit);
+  var touched = false;
+  ["pointerdown", "wheel", "keydown"].forEach(function (act) { box.addEventListener(act, function () { touched = true; }, {passive: true}); });
+  map.on("resize", function () { if (!touched) fit(); });
   fit();
   document.documentElement.dataset.layers = about.layers.length;
 }
@@ -260,12 +264,10 @@ def add_picture(
     url: str,        # as_url of a picture on the frame
     frame: Frame,
     exact: bool = False, # show its pixels as squares, not blended
-    show: bool = True,
-    opacity: float = 1.,
     z: int = 1,      # higher lies above
 ) -> str: # the layer's name in the page
-    "Lay a picture over the frame of a map."
-    layer = folium.raster_layers.ImageOverlay(url, frame.corners, pixelated=False, show=show, opacity=opacity, zindex=z,
+    "A picture over the frame of a map; the panel shows it."
+    layer = folium.raster_layers.ImageOverlay(url, frame.corners, pixelated=False, show=False, zindex=z,
                                               class_name="aerial-exact" if exact else "aerial-smooth")
     return layer.add_to(m).get_name()
 

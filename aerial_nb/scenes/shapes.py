@@ -122,18 +122,32 @@ class Coded:
     @property
     def left_out(self) -> int: return self.total - len(self.table)
 
-def _steps(xy: np.ndarray) -> str:
-    "Whole numbers (n, 2) as the first and the steps from each to the next."
-    return "[" + ",".join(map(str, np.diff(xy, axis=0, prepend=np.zeros((1, 2), np.int64)).ravel().tolist())) + "]"
+def _steps(lines: np.ndarray, origin: np.ndarray, unit: float, trim: int = 0) -> list[str]:
+    "Each line as whole numbers: its first vertex, and the steps from each to the next; `trim` vertices of the end left out."
+    xy, line = shapely.get_coordinates(lines, return_index=True)
+    whole = np.round((xy - origin) / unit).astype(np.int64)
+    start, end = (np.searchsorted(line, np.arange(len(lines)), side) for side in ("left", "right"))
+    steps = np.diff(whole, axis=0, prepend=np.zeros((1, 2), np.int64))
+    steps[start[start < end]] = whole[start[start < end]]
+    text = list(map(str, steps.ravel().tolist()))
+    return ["[" + ",".join(text[2 * a:2 * (b - trim)]) + "]" for a, b in zip(start.tolist(), end.tolist())]
 
-def _feature(geom, origin: np.ndarray, unit: float) -> str:
-    "A shape as kind and paths: p polygons of rings, l lines, o points."
-    whole = lambda part: np.round((shapely.get_coordinates(part) - origin) / unit).astype(np.int64)
-    parts, kind = shapely.get_parts(geom), shapely.get_dimensions(geom)
-    if kind == 2: paths = ["[" + ",".join(_steps(whole(r)[:-1]) for r in shapely.get_rings(p)) + "]" for p in parts]
-    elif kind == 1: paths = [_steps(whole(p)) for p in parts]
-    else: paths = [_steps(whole(geom))]
-    return f'["{"olp"[kind]}",[{",".join(paths)}]]'
+def _grouped(texts: list[str], owner: np.ndarray, n: int) -> list[str]: # n lists
+    ends = np.searchsorted(owner, np.arange(n + 1)).tolist()
+    return ["[" + ",".join(texts[a:b]) + "]" for a, b in zip(ends[:-1], ends[1:])]
+
+def _features(geoms: np.ndarray, origin: np.ndarray, unit: float) -> list[str]:
+    "Shapes as kind and paths: p polygons of rings, l lines, o points."
+    out, dims = np.full(len(geoms), None, object), shapely.get_dimensions(geoms)
+    for dim, kind in enumerate("olp"):
+        at = np.flatnonzero(dims == dim)
+        parts, owner = shapely.get_parts(geoms[at], return_index=True) if dim else (geoms[at], np.arange(len(at)))
+        if dim == 2:
+            rings, part = shapely.get_rings(parts, return_index=True)
+            texts = _grouped(_steps(rings, origin, unit, trim=1), part, len(parts))
+        else: texts = _steps(parts, origin, unit)
+        out[at] = [f'["{kind}",{paths}]' for paths in _grouped(texts, owner, len(at))]
+    return out.tolist()
 
 # %% ../../nbs/scenes/shapes.ipynb #4f22b2c8
 def _plain(value):
@@ -158,7 +172,7 @@ def for_script(value) -> str:
 def _text(table, frame: Frame, unit: float, tolerance: float) -> str:
     origin = np.array([frame.bounds[0], frame.bounds[3]])
     geoms = shapely.simplify(np.asarray(table.geometry), tolerance)
-    shapes = ",".join(_feature(g, origin, unit) for g in geoms)
+    shapes = ",".join(_features(geoms, origin, unit))
     return f'{{"x":{origin[0]:.3f},"y":{origin[1]:.3f},"u":{unit:.6g},"f":[{shapes}],"c":{for_script(_columns(table))}}}'
 
 # %% ../../nbs/scenes/shapes.ipynb #d225ff02
@@ -173,7 +187,7 @@ def coded(
     "A layer as compact text, within limits; the largest shapes stay."
     total, pixel = len(table), pixel_size(frame)
     table = _largest(table, most)
-    for tolerance in (.5, 1., 2., 4.):
+    for tolerance in (.5, 2., 4.):
         text = _text(table, frame, pixel / 8, tolerance * pixel)
         if len(text.encode()) <= max_bytes: return Coded(text, table, total, tolerance)
     while len(table) > 1:
