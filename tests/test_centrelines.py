@@ -72,9 +72,9 @@ def hysteresis(probs, high, low, least):
 
 
 @calm
-@given(fields, st.integers(1, 200), st.sampled_from([0, 3, 10]))
-def test_hysteresis_over_strips_is_that_of_one_piece(probs, strip, least):
-    runs = row_runs(Held(probs), .8, .4, least, strip_px=strip)
+@given(fields, st.integers(1, 30), st.integers(1, 30), st.sampled_from([0, 3, 10]))
+def test_hysteresis_over_strips_is_that_of_one_piece(probs, rows, cols, least):
+    runs = row_runs(Held(probs), .8, .4, least, strip_rows=rows, chunk_cols=cols)
     assert np.array_equal(runs.mask(), hysteresis(probs, .8, .4, least))
     assert runs.count_px == runs.mask().sum() and runs.data_px == (~np.isnan(probs)).sum()
 
@@ -235,8 +235,11 @@ def test_processes_and_part_sizes_make_no_difference(tmp_path):
 
 def test_memory_is_that_of_a_part():
     held = Held(np.zeros((3000, 500)))
-    row_runs(held, .5, strip_px=100_000)
-    assert held.most <= 100_000
+    row_runs(held, .5, strip_rows=200, chunk_cols=300)
+    assert held.most <= 200 * 300
+    wide = Held(np.zeros((600, 9000)))
+    row_runs(wide, .5)
+    assert wide.most <= 512 * 8192
 
 
 # ---- what is measured

@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 # %% ../../nbs/scenes/rowruns.ipynb #741cb822
 @njit(cache=True)
-def _runs_of(probs, low, high):
-    "Runs of values of at least `low`: how many in each row, first and past the last column, whether one reaches `high`."
-    rows, cols = probs.shape
+def _runs_of(level):
+    "Runs of numbers above 0: how many in each row, first and past the last column, whether there is a 2 in it."
+    rows, cols = level.shape
     count, total = np.zeros(rows, np.int64), 0
     for r in range(rows):
         inside = False
         for c in range(cols):
-            on = probs[r, c] >= low
+            on = level[r, c] > 0
             if on and not inside: count[r] += 1
             inside = on
         total += count[r]
@@ -38,12 +38,12 @@ def _runs_of(probs, low, high):
     for r in range(rows):
         c = 0
         while c < cols:
-            if not probs[r, c] >= low:
+            if level[r, c] == 0:
                 c += 1
                 continue
             start[k] = c
-            while c < cols and probs[r, c] >= low:
-                if probs[r, c] >= high: seed[k] = True
+            while c < cols and level[r, c] > 0:
+                if level[r, c] == 2: seed[k] = True
                 c += 1
             stop[k], k = c, k + 1
     return count, start, stop, seed
@@ -104,18 +104,22 @@ def row_runs(
     low: float | None = None, # and has all pixels from this probability on that hang together with it; the threshold by default
     min_px: float = 0,        # pieces of fewer pixels do not count
     band: int = 1,
-    strip_px: int = 4_000_000, # pixels read at a time
+    strip_rows: int = 512,    # of the strips that are held, a byte a pixel; a multiple of the blocks of the file
+    chunk_cols: int = 8192,   # columns of a strip that are read at a time
 ) -> RowRuns: # raises DataError: thresholds not in 0..1 or low above threshold
-    "The pixels that count, read in strips of the full width."
+    "The pixels that count, read in strips."
     low = threshold if low is None else low
     if not 0 < low <= threshold <= 1:
         raise DataError(f"thresholds are probabilities, 0 < low <= threshold <= 1; got low={low} and threshold={threshold}")
     (rows, cols), found, data_px = map.shape, [], 0
-    high = max(strip_px // cols, 1)
-    for row in range(0, rows, high):
-        probs = np.ascontiguousarray(map.read((row, 0, min(high, rows - row), cols), band), np.float32)
-        data_px += probs.size - int(np.count_nonzero(np.isnan(probs)))
-        found.append(_runs_of(probs, np.float32(low), np.float32(threshold)))
+    for row in range(0, rows, strip_rows):
+        high = min(strip_rows, rows - row)
+        level = np.empty((high, cols), np.uint8)    # 1: continues a road, 2: begins one
+        for col in range(0, cols, chunk_cols):
+            probs = map.read((row, col, high, min(chunk_cols, cols - col)), band)
+            level[:, col:col + chunk_cols] = (probs >= np.float32(low)).astype(np.uint8) + (probs >= np.float32(threshold))
+            data_px += probs.size - int(np.count_nonzero(np.isnan(probs)))
+        found.append(_runs_of(level))
     count, start, stop, seed = (np.concatenate(part) for part in zip(*found))
     return _chosen(RowRuns((rows, cols), np.cumsum([0, *count]), start, stop, data_px), seed, min_px)
 
