@@ -110,6 +110,8 @@ class Parts:
         return corners[done[corners[:, 0]]], sums
 
 # %% ../../nbs/scenes/polygons.ipynb #d27bcb17
+_ALOUD_PX = 1 << 28   # a part whose box is larger is spoken of
+
 @dataclass
 class Piece:
     "Pixels of an unfinished part in one strip."
@@ -130,7 +132,7 @@ def _whole(pieces: list[Piece]) -> Piece:
     top, left = min(p.top for p in pieces), min(p.left for p in pieces)
     high = max(p.top + p.planes.shape[1] for p in pieces) - top
     wide = max(p.left + p.planes.shape[2] for p in pieces) - left
-    if high * wide > 1 << 28: logger.warning("a connected part of %d x %d pixels is held in memory to be separated; a higher threshold "
+    if high * wide > _ALOUD_PX: logger.warning("a connected part of %d x %d pixels is held in memory to be separated; a higher threshold "
                                              "breaks it up, and split='none' needs no pixels", high, wide)
     out = np.full((len(pieces[0].planes), high, wide), np.nan, np.float32)
     for p in pieces:
@@ -200,7 +202,7 @@ class How:
     min_hole_m2: float | None = None # smaller courtyards are filled; 4, or min_area_m2 where that is less
     depth: float | None = None # of `separate`
     on: str = "distance"      # of `separate`
-    min_iou: float = .7       # of a regularised outline with the pixels; less, and the pixels' outline stays
+    min_iou: float = .8       # of a regularised outline with the pixels; less, and the pixels' outline stays
     tolerance_m: float | None = None # of regularised outlines; half a metre, or 1.5 pixels where that is more
     progress: bool = False    # show a bar
 
@@ -225,7 +227,7 @@ def _bands(found: ProbMap, band: str, split: str) -> tuple[str, int, int | None]
 # %% ../../nbs/scenes/polygons.ipynb #2aa3639d
 def _strips(found: ProbMap, rows: int, bands: tuple, how: How):
     "Rows from the top down: first row, planes (probabilities, border, cut), whether they are the last."
-    rows = rows or max(256, (1 << 24) // found.shape[1] // 512 * 512)
+    rows = rows or max(256, (1 << 23) // found.shape[1] // 512 * 512)
     with tqdm(total=found.shape[0], desc="polygons", unit="row", disable=not how.progress) as bar:
         for strip in found.strips(rows, 1):
             own = slice(strip.first - strip.window[0], strip.last - strip.window[0])
@@ -269,7 +271,7 @@ def polygonise(
     split: str = "auto",            # none, border, watershed; auto: border where the map has such a band, else none
     regularise: bool = False,       # straight walls and right angles, by buildingregulariser
     simplify_m: float = 0.,         # instead: outlines with fewer corners, this far from the pixels' at most
-    strip_rows: int = 0,            # rows in memory at a time; 0: some 16 million pixels
+    strip_rows: int = 0,            # rows in memory at a time; 0: some 8 million pixels
     how: How | None = None,         # details
 ) -> gpd.GeoDataFrame: # instance, area_m2 (area_px), mean_prob, cut; in the map's CRS; raises DataError
     "Buildings of a map as polygons."

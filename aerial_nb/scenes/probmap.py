@@ -23,7 +23,7 @@ from ..data import raster
 from ..data.ground import Grid, image_grid
 from ..data.masks import CLASS_MAP_TAG, IGNORE
 from ..data.raster import DataError, open_raster
-from ..data.windows import Meaning, label_meaning
+from ..data.windows import Meaning, _values_of, label_meaning
 
 # %% ../../nbs/scenes/probmap.ipynb #93361a6d
 logger = logging.getLogger(__name__)
@@ -63,12 +63,10 @@ def _names(d, bands: list) -> tuple[str, ...]:
     names = [(d.descriptions[b - 1] or "").strip() for b in bands]
     return (names[0] or d.tags().get("AERIAL_CLASS", ""),) if len(names) == 1 else tuple(names)
 
-def _mask_names(d, count: int) -> tuple[str, ...]:
-    "The names of the classes 1.. of a class map, where its tag `1 building; 2 border` gives them."
+def _said_classes(d) -> dict[int, str]:
+    "The classes of a class map, by its tag `0 background; 1 building; 2 border; 255 ignored`."
     parts = (part.strip().partition(" ") for part in d.tags().get(CLASS_MAP_TAG, "").split(";"))
-    said = {int(k): v.strip() for k, _, v in parts if k.isdigit()}
-    if count == 1 and 1 not in said: return _names(d, [1])
-    return tuple(said.get(k, "") for k in range(1, count + 1))
+    return {int(k): v.strip() for k, _, v in parts if k.isdigit() and 0 < int(k) < IGNORE}
 
 def _refuse_picture(path, d, bands: list) -> None:
     "Refuse colours before a large file is read for its values."
@@ -90,12 +88,17 @@ def _differ(d, bands: list) -> bool:
 def _as_mask(path, d, bands: list) -> tuple[Meaning, tuple]: # raises DataError
     "What the numbers of a class map mean, and the names of its classes."
     _refuse_picture(path, d, bands)
+    said = _said_classes(d)
+    if CLASS_MAP_TAG in d.tags() and d.dtypes[0] == "uint8" and d.count == 1: # its numbers are classes as they stand
+        every = np.arange(256, dtype="uint8")
+        count = max(said or [v for v in _values_of(d).tolist() if v < IGNORE] or [1])
+        return Meaning(every, every), tuple(said.get(k, "") for k in range(1, max(count, 1) + 1))
     try: meaning = label_meaning(path)
     except DataError as error:
         raise DataError(f"{error}. If these are probabilities, say so: open_map(path, scale=1/255), or write the factor into "
                         "the file with gdal_edit.py -scale 0.00392156862745098 FILE") from None
     count = int(meaning.classes[meaning.classes != IGNORE].max(initial=0))
-    return meaning, _mask_names(d, max(count, 1))
+    return meaning, _names(d, [1]) if count < 2 else ("",) * count
 
 def _scales(path, d, bands: list, scale: float | None) -> tuple | None: # of each band; None: a class map
     "Factor and offset by which numbers become probabilities."
@@ -154,12 +157,12 @@ def open_map(
 # %% ../../nbs/scenes/probmap.ipynb #042e6dbf
 def _probabilities(found: ProbMap, d, band: int, window: Window) -> np.ndarray: # (h, w) float32, NaN without data
     "A window of an open map."
-    number = found.bands[band - 1]
     if found.meaning is not None:
         raw = d.read(found.bands if len(found.bands) == 3 else [1], window=window)
         classes = found.meaning.read(raw)
         known = (classes != IGNORE) & (d.dataset_mask(window=window) > 0)
         return np.where(known, (classes == band).astype("float32"), np.float32(np.nan))
+    number = found.bands[band - 1]
     raw, known = d.read(number, window=window), d.read_masks(number, window=window) > 0
     factor, offset = found.scales[band - 1]
     if raw.dtype in (np.uint8, np.uint16):

@@ -78,7 +78,7 @@ def _library():
 def regularise_polygons(
     table: gpd.GeoDataFrame,  # of polygons
     tolerance_m: float = .5,  # how far corners may lie from the pixels; pixels without georeference
-    min_iou: float = .7,      # less, and the outline stays
+    min_iou: float = .8,      # less, and the outline stays
 ) -> gpd.GeoDataFrame: # with a column `regularised`; raises DataError where the library is missing
     "Outlines with straight walls and right angles."
     library = _library()
@@ -88,7 +88,7 @@ def regularise_polygons(
     given = gpd.GeoDataFrame({"row": np.arange(len(table))}, geometry=list(before), crs=None if metric == PIXELS else metric)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # it warns of each outline that it gives back unchanged; `_kept` counts
-        found = library(given, parallel_threshold=2 * tolerance_m, simplify_tolerance=tolerance_m, num_cores=1, allow_circles=False)
+        found = library(given, parallel_threshold=tolerance_m, simplify_tolerance=tolerance_m, num_cores=1, allow_circles=False)
     groups = found.groupby("row").geometry.agg(list)
     after = np.full(len(table), shapely.Polygon(), object)
     for row, parts in groups.items(): after[row] = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)

@@ -78,14 +78,20 @@ def _root(parent, i):
     return i
 
 @njit(cache=True)
+def _beside(p, side, width, count): # the neighbour above, left, right or below; -1 outside
+    if side == 1: return p - 1 if p % width else -1
+    if side == 2: return p + 1 if p % width < width - 1 else -1
+    q = p - width if side == 0 else p + width
+    return q if q < count else -1
+
+@njit(cache=True)
 def _summits(order, height, width, depth): # flat places of summits; `order` from high to low
     parent, found = np.full(len(height), -1, np.int32), np.zeros(len(height), np.bool_)
     for p in order:
         parent[p], found[p] = p, True
-        for step in (-width, -1, 1, width):
-            if (step == -1 and p % width == 0) or (step == 1 and p % width == width - 1): continue
-            q = p + step
-            if q < 0 or q >= len(height) or parent[q] < 0: continue
+        for side in range(4):
+            q = _beside(p, side, width, len(height))
+            if q < 0 or parent[q] < 0: continue
             a, b = _root(parent, p), _root(parent, q)
             if a == b: continue
             if height[a] < height[b] or height[a] == height[b] and a > b: a, b = b, a
@@ -101,10 +107,9 @@ def _tops(summits, height, width, depth): # (pixels,) int32: the number of the s
         low = height[summits[k]] - depth
         while stack:
             p = stack.pop()
-            for step in (-width, -1, 1, width):
-                if (step == -1 and p % width == 0) or (step == 1 and p % width == width - 1): continue
-                q = p + step
-                if q < 0 or q >= len(height) or out[q] or not height[q] > max(low, 0): continue
+            for side in range(4):
+                q = _beside(p, side, width, len(height))
+                if q < 0 or out[q] or not height[q] > max(low, 0): continue
                 out[q] = k + 1
                 stack.append(q)
     return out
