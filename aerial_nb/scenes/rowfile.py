@@ -60,7 +60,7 @@ class RowFile:
         before, records = _read_journal(self.journal)
         if before is not None and before != how:
             other = [f"{k}: {before.get(k)}, now {how.get(k)}" for k in how.keys() | before.keys() if before.get(k) != how.get(k)]
-            if not overwrite: raise DataError(f"{self.folder}: unfinished rows of another job ({'; '.join(sorted(other))}); repeat "
+            if records and not overwrite: raise DataError(f"{self.folder}: unfinished rows of another job ({'; '.join(sorted(other))}); repeat "
                                               "that one, remove the folder, or overwrite")
             before = None
         if before is None: self.rows.write_bytes(b""); self._write_journal([how]); records = []

@@ -143,8 +143,9 @@ def _finished(task: Task, name: str, seed: int, folder: Folder) -> ArmResult:
 
 # %% ../../nbs/training/arms.ipynb #ac7ca94e
 def _predictor(task: Task, model: nn.Module, device: str) -> Callable:
-    "Probabilities in the precision of the recipe."
-    return predictor(model, task.stats, device, PRECISIONS[pick_precision(task.recipe.amp, device)])
+    "Probabilities of class 1 in the precision of the recipe; a threshold is chosen for that class, and it is scored."
+    predict = predictor(model, task.stats, device, PRECISIONS[pick_precision(task.recipe.amp, device)])
+    return predict if len(task.classes) < 3 else lambda pixels, valid: predict(pixels, valid)[:, 0]
 
 def _counted(model: nn.Module) -> dict:
     "Parameters, and how many of them a training moves."

@@ -108,7 +108,8 @@ class History(Callback):
         self.losses.append(self.loss.detach()); self.sizes.append(len(self.xb[0]))
         if self.training: return
         mask = self.yb[0] if isinstance(self.yb[0], torch.Tensor) else self.yb[0][0]   # the first of several targets
-        road, truth, judged = road_logit(full_road(self.pred)) > 0, mask == 1, mask != IGNORE
+        logits, truth, judged = full_road(self.pred), mask == 1, mask != IGNORE
+        road = logits.argmax(1) == 1 if logits.shape[1] > 2 else road_logit(logits) > 0   # of several classes the first
         self.counts.append(torch.stack([(each & judged).flatten(1).sum(1) for each in (road & truth, road, truth)], 1))
 
     def after_batch(self):
