@@ -58,7 +58,7 @@ LIMIT = 300_000  # bytes of one record
 FIGURES = 2
 
 def _clean_history(file: Path, root: Path) -> str:
-    "A history with machine paths shortened."
+    "A table with machine paths shortened."
     text = io.StringIO()
     with open(file, newline="", encoding="utf-8") as rows:
         csv.writer(text, lineterminator="\n").writerows(without_paths(row, root) for row in csv.reader(rows))
@@ -92,7 +92,7 @@ def _write_record(run: RunFolder, folder: Path, figures: list[Path], dirty: bool
     for name in ("params.json", "env.json", "metrics.json", "test_read.json"):
         if name == "test_read.json" and not (run.path / name).is_file(): continue     # only runs with a test set have read one
         write_json(folder / name, without_paths(json.loads((run.path / name).read_text(encoding="utf-8")), root))
-    for file in [*run.path.glob("*.csv"), *run.path.glob("arms/*/history.csv")]:
+    for file in [*run.path.glob("*.csv"), *run.path.glob("arms/*/history.csv"), *run.path.glob("arms/*/scores.csv")]:
         write_text(folder / file.relative_to(run.path), _clean_history(file, root))
     if figures: (folder / "figures").mkdir()
     for file in figures: _copy_figure(file, folder / "figures" / file.name)
