@@ -232,6 +232,11 @@ def test_a_markdown_table_keeps_all_columns():
     assert markdown_table([]) == ""
 
 
+def test_columns_are_as_wide_as_what_is_read_in_them():
+    rule = markdown_table([dict(rank=1, arm=code("x" * 20), run=plain_text("y" * 99))]).splitlines()[1].strip("| ").split(" | ")
+    assert [r.count("-") for r in rule] == [4, 20, 40] and rule[0].endswith(":") and rule[1].startswith(":")
+
+
 # ---- the command
 
 def test_the_command_stages_and_says_when_quarto_is_missing(small, tmp_path, monkeypatch, capsys):
@@ -455,7 +460,7 @@ def test_a_page_of_a_task_ranks_within_the_same_tiles_and_follows_the_data(made_
     front = text_of(root, "front.md")
     assert "0.700" in front and "above the other" in front and "0.990" not in front
     shutil.rmtree(root / "runs/train_unet/low"); made_run(root / "runs", "low", iou=.65)
-    assert "0.650" in stage_text(root, "results/roads.md") and "1 of 1 others may be as good" in stage_text(root, "front.md")
+    assert "0.650" in stage_text(root, "results/roads.md") and "1 of 1 may be as good" in stage_text(root, "front.md")
     assert not (found := tree_faults(root, pages)), "\n".join(found)
 
 

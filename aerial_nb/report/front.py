@@ -48,8 +48,8 @@ def _within(rows: pd.DataFrame) -> str:
     "Whether the first of a board is alone."
     others = rows.iloc[1:]
     reach = int((others.high >= rows.value.iloc[0]).sum())
-    if not len(others): return "alone on its tiles"
-    return f"{reach} of {len(others)} others may be as good" if reach else f"above {'the other' if len(others) == 1 else f'all {len(others)} others'}"
+    if not len(others): return "alone"
+    return f"{reach} of {len(others)} may be as good" if reach else f"above {'the other' if len(others) == 1 else f'all {len(others)}'}"
 
 def best_rows(entries: list[Entry], book: Book, page: str) -> tuple[list[dict], dict[str, Entry]]: # for a table; the entry to show for each task
     "The first of each group of results, for all tasks that rank."
@@ -63,7 +63,7 @@ def best_rows(entries: list[Entry], book: Book, page: str) -> tuple[list[dict], 
                 score: Interval = as_interval(first)
                 shown.setdefault(task, named[first.entry])
                 rows.append(dict(task=book.link(page, f"book/results/{task}.md", subject), data=first.data, best=first.arm, measure=metric_name(first.metric),
-                                 score=score, scenes=score.scenes, seeds=score.seeds, **{"beside it": _within(board), "run": run_link(named[first.entry], book, page, "see")}))
+                                 score=score, scenes=score.scenes, seeds=score.seeds, **{"others": _within(board), "run": run_link(named[first.entry], book, page, "see")}))
     return rows, shown
 
 def best_pictures(entries: list[Entry], shown: dict[str, Entry], book: Book, page: str) -> Page:

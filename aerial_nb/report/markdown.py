@@ -51,6 +51,9 @@ def cell(value) -> str:
     if value is None or isinstance(value, float | int): return number(value)
     return plain_text(value) or "–"
 
+def _width(text: str) -> int: # of what a reader sees
+    return len(re.sub(r"\]\([^)]*\)|&\w+;|[\[\]`\\]", "", text))
+
 def markdown_table(
     rows: list[dict], # columns in the order in which they first appear
 ) -> Raw: # "" without rows
@@ -59,7 +62,9 @@ def markdown_table(
     names = list(dict.fromkeys(name for row in rows for name in row))
     texts = [n for n in names if any(isinstance(r.get(n), str) for r in rows)]
     body = [[cell(row.get(n)) for n in names] for row in rows]
-    lines = [[cell(n) for n in names], [":---" if n in texts else "---:" for n in names], *body]
+    head = [cell(n) for n in names]
+    rules = ["-" * min(max(3, *(_width(line[i]) for line in [head, *body])), 40) for i in range(len(names))]   # Pandoc's widths of columns
+    lines = [head, [f":{r}" if n in texts else f"{r}:" for n, r in zip(names, rules)], *body]
     return Raw("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 # %% ../../nbs/report/markdown.ipynb #2f28fc31
