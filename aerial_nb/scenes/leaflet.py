@@ -88,6 +88,7 @@ function aerialShapes(data, style, onEarth) {
 }
 """
 
+# %% ../../nbs/scenes/leaflet.ipynb #3cfeb201
 class Shapes(Layer):
     "A coded layer on a folium map."
     _template = Template("{% macro script(this, kwargs) %}var {{ this.get_name() }} = aerialShapes({{ this.data }}, {{ this.style }}, "
@@ -194,6 +195,7 @@ function aerialTools(map, about, panel) {
 window.addEventListener("error", function (event) { document.documentElement.dataset.error = event.message; });
 """
 
+# %% ../../nbs/scenes/leaflet.ipynb #7b567d54
 STYLE = """
 html, body { height: 100%; margin: 0 }
 .leaflet-container { background: #dcdcdc; font: 13px/1.4 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
