@@ -206,16 +206,19 @@ def against_rest(
 def weaknesses(
     counts: pd.DataFrame, # of `count_causes`
     statistic: str = "iou",
-    level: float = .95,   # that nothing in the table is there by chance
-) -> pd.DataFrame: # cause, kind, difference, low, high, worst first; kinds that cannot be told from the rest are left out
+    level: float = .95,   # of each interval; of the whole table for `sure`
+) -> pd.DataFrame: # cause, kind, difference, low, high, sure, worst first; kinds that cannot be told from the rest are left out
     "Kinds of places that are worse, or better, than the rest."
     pairs = counts[["cause", "kind", "order"]].drop_duplicates()
     twins = pairs.groupby("cause").kind.transform("size") == 2
     pairs = pairs[~twins | (pairs.order > 0)]   # of two kinds one is the rest of the other
-    each = 1 - (1 - level) / max(len(pairs), 1)
-    found = [(p.cause, p.kind, against_rest(counts, p.cause, p.kind, statistic, each)) for p in pairs.itertuples()]
-    rows = [dict(cause=c, kind=k, difference=i.value, low=i.low, high=i.high) for c, k, i in found if i.distinguishable]
-    return pd.DataFrame(rows, columns=["cause", "kind", "difference", "low", "high"]).sort_values("difference", ignore_index=True)
+    strict, rows = 1 - (1 - level) / max(len(pairs), 1), []
+    for p in pairs.itertuples():
+        i = against_rest(counts, p.cause, p.kind, statistic, level)
+        if not i.distinguishable: continue
+        sure = against_rest(counts, p.cause, p.kind, statistic, strict).distinguishable
+        rows.append(dict(cause=p.cause, kind=p.kind, difference=i.value, low=i.low, high=i.high, sure=sure))
+    return pd.DataFrame(rows, columns=["cause", "kind", "difference", "low", "high", "sure"]).sort_values("difference", ignore_index=True)
 
 # %% ../../nbs/scenes/causes.ipynb #bee965ca
 def _thousands(n: int) -> str:

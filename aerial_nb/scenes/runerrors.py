@@ -94,9 +94,11 @@ def _share(i) -> str:
 def _says_sizes(table: pd.DataFrame, what: str) -> list[str]:
     "The class with the lowest recall, and the one with the highest, where their intervals keep apart."
     amount = "length" if what == "roads" else "n"
-    known = table[table[amount] > 0].dropna(subset="recall")
+    if not len(table): return []   # no such thing, or the border cuts them all
+    known = table[table[amount] >= (200 if what == "roads" else 10)].dropna(subset="recall")   # fewer say nothing
     if len(known) < 2: return []
     worst, best = known.loc[known.recall.idxmin()], known.loc[known.recall.idxmax()]
+    if best.recall - worst.recall < .005: return []
     apart = worst.recall_high < best.recall_low
     unit = "m of road" if what == "roads" else "buildings"
     told = f"Recall by {worst.cause}: {worst.recall:.2f} for {worst.kind} ({worst[amount]:,} {unit}), {best.recall:.2f} for {best.kind} ({best[amount]:,})"
@@ -105,9 +107,10 @@ def _says_sizes(table: pd.DataFrame, what: str) -> list[str]:
 def _says_weak(weak: pd.DataFrame, statistic: str = "IoU") -> str:
     "The worst kinds of places, in a sentence."
     low = weak[weak.difference < 0]
-    if not len(low): return f"No kind of place has an {statistic} that is lower than the rest beyond chance (95 % for the whole table)."
-    told = "; ".join(f"{r.cause + ': ' if r.cause != r.kind else ''}{r.kind} ({r.difference:+.2f}, interval {r.low:+.2f} to {r.high:+.2f})" for r in low.head(4).itertuples())
-    return f"{statistic} is lower than in the rest of the same images for {told}."
+    if not len(low): return f"No kind of place has an {statistic} that can be told from the rest of the same images."
+    told = "; ".join(f"{r.cause + ': ' if r.cause != r.kind else ''}{r.kind} ({r.difference:+.2f}, interval {r.low:+.2f} to {r.high:+.2f}{', sure' if r.sure else ''})" for r in low.head(4).itertuples())
+    chance = "" if low.head(4).sure.all() else " Of some twenty kinds that are compared, one or two look so by chance; what is marked sure does not."
+    return f"{statistic} is lower than in the rest of the same images for {told}.{chance}"
 
 # %% ../../nbs/scenes/runerrors.ipynb #80eaf461
 def errors_of(
@@ -147,9 +150,14 @@ def _says_suspects(table: gpd.GeoDataFrame) -> str:
     first = table.iloc[0]
     size = f"{first.area_m2:,.0f} m²" if np.isfinite(first.area_m2) else f"{first.pixels:,} px"
     return (f"{len(table)} places to look at, where the network is sure and the label says the opposite ("
-            + ", ".join(f"{n} {k}" for k, n in kinds.items()) + f"); the gravest, {first.kind}, of {size} in {first.image}.")
+            + ", ".join(f"{n} {k}" for k, n in kinds.items()) + f"); the gravest, {first.kind}, of {size} in {first.image}. Errors of the network are among them: look before mending.")
 
 # %% ../../nbs/scenes/runerrors.ipynb #f92ef1f1
+def _with_much(tiles: pd.DataFrame) -> pd.DataFrame:
+    "Tiles with at least a quarter of the pixels of the fullest, where three have: the score of a corner is luck."
+    much = tiles[tiles.counted >= .25 * tiles.counted.max()]
+    return much if len(much) >= 3 else tiles
+
 def draw(self: RunErrors, cases: Sequence[Case], load=None) -> dict:
     "All figures, by name."
     load = load or {c.name: c for c in cases}.get
@@ -158,7 +166,7 @@ def draw(self: RunErrors, cases: Sequence[Case], load=None) -> dict:
         return (np.zeros((3, *case.probs.shape), np.uint8) if case.image is None else case.image), case.probs, case.target
     drawn, causes = {}, self.tables["causes"]
     for by in ("iou", "loss"):
-        try: ranked = rank_tiles(self.tables["tiles"], by=by)
+        try: ranked = rank_tiles(_with_much(self.tables["tiles"]), by=by)
         except ValueError as error: logger.info("%s: %s", by, error); continue
         drawn[f"tiles_{by}"] = show_tiles(ranked, parts, self._tile, self.threshold, self._gsd_m)
     drawn["causes"] = plot_causes(causes)

@@ -78,6 +78,7 @@ def size_table(
     for k, kind in enumerate(band_names(edges, unit)):
         mine = whole[which == k]
         sides = [mine[mine.side == side] for side in ("label", "prediction")]
+        if not len(mine): continue
         found.append(dict(cause="size of the building", kind=kind, n=len(sides[0]), n_predicted=len(sides[1]))
                      | _rates(sides[0], "recall", images, sides[0][by], ~sides[0][by])
                      | _rates(sides[1], "precision", images, sides[1][by], ~sides[1][by]))

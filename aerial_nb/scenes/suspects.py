@@ -8,6 +8,7 @@ Connected places where a confident prediction contradicts the label, ranked, wit
 __all__ = ['MISSING', 'ABSENT', 'COLUMNS', 'label_offset', 'case_suspects', 'find_suspects', 'show_suspects', 'write_suspects']
 
 # %% ../../nbs/scenes/suspects.ipynb #67039e20
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -125,6 +126,12 @@ def _pixel_outline(row, case: Case):
     t = ~case.transform
     return shapely.transform(geometry, lambda xy: np.stack([t.a * xy[:, 0] + t.b * xy[:, 1] + t.c, t.d * xy[:, 0] + t.e * xy[:, 1] + t.f], 1))
 
+def _small(picture: np.ndarray, side: int = 110) -> np.ndarray:
+    "Means of blocks, so that no picture has more pixels than can be seen on a sheet."
+    k = max(1, round(max(picture.shape[:2]) / side))
+    rows, cols = (n // k * k for n in picture.shape[:2])
+    return picture[:rows, :cols].reshape(rows // k, k, cols // k, k, 3).mean((1, 3)).astype(np.uint8)
+
 def _show_one(ax, row, case: Case, margin_px: int) -> None:
     from aerial_nb.report.figures import FALSE_POSITIVE, MISS, TRUE_POSITIVE, add_scale_bar, to_picture
     outline = _pixel_outline(row, case)
@@ -133,7 +140,7 @@ def _show_one(ax, row, case: Case, margin_px: int) -> None:
     left, top = (int(np.clip(v - half, 0, max(n - 2 * half, 0))) for v, n in (((x0 + x1) / 2, cols), ((y0 + y1) / 2, rows)))
     at = np.s_[top:min(rows, int(top + 2 * half)), left:min(cols, int(left + 2 * half))]
     extent = (left, left + case.probs[at].shape[1], top + case.probs[at].shape[0], top)
-    ax.imshow(to_picture(case.image[(slice(None), *at)], case.seen[at]), extent=extent, interpolation="nearest")
+    ax.imshow(_small(to_picture(case.image[(slice(None), *at)], case.seen[at])), extent=extent, interpolation="nearest")
     if case.truth[at].any() and not case.truth[at].all():
         ax.contour(np.arange(extent[0], extent[1]) + .5, np.arange(extent[3], extent[2]) + .5, case.truth[at], [.5], colors=[TRUE_POSITIVE], linewidths=1)
     for ring in shapely.get_rings(shapely.get_parts(outline)):
@@ -182,5 +189,8 @@ def write_suspects(
         table = table.to_crs("EPSG:4326") if placed else table.set_crs("EPSG:4326", allow_override=True)
     elif not placed: table = table.set_crs(None, allow_override=True)
     out.unlink(missing_ok=True)
-    table.to_file(out, driver="GPKG" if out.suffix == ".gpkg" else "GeoJSON", **dict(layer="suspects") if out.suffix == ".gpkg" else {})
+    with warnings.catch_warnings():   # outlines in pixels have no CRS, and need none
+        warnings.filterwarnings("ignore", "'crs' was not provided")
+        if out.suffix == ".gpkg": table.to_file(out, driver="GPKG", layer="suspects")
+        else: table.to_file(out, driver="GeoJSON")
     return out

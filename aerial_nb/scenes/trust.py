@@ -123,7 +123,8 @@ def _plot_calibration(ax, below, curve: ThresholdCurve) -> None:
     ax.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share that is positive", xticklabels=[])
     ax.set_title(f"calibration error {error.value:.3f}, from 0.1 to 0.9: {calibration_error(curve, inner=True).value:.3f}", fontsize=9)
     off, on = sum(h for _, h in curve.images.values())
-    x = (np.arange(len(off)) + .5) / curve.bins
+    used = np.flatnonzero(off + on)   # 255 stored levels leave two of the bins empty
+    x, off, on = (used + .5) / curve.bins, off[used], on[used]
     for h, colour, name in ((off, MISS, "not the class"), (on, TRUE_POSITIVE, "the class")):
         below.fill_between(x, np.where(h > 0, h, .5), .5, step="mid", color=colour, alpha=.45, lw=0, label=name)
     below.set(yscale="log", xlim=(0, 1), ylim=(.8, None), xlabel="probability", ylabel="pixels")
