@@ -9,6 +9,7 @@ __all__ = ['logger', 'predict_raster', 'aerial_predict']
 
 # %% ../../nbs/scenes/rasters.ipynb #57cbe1ee
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -73,12 +74,18 @@ def _cache_bytes(info, size: int, factor: float, workers: int) -> int:
     line = info.shape[1] * info.bands * np.dtype(info.dtype).itemsize
     return int(np.clip(line * (size / factor + 256) * workers, 32 << 20, 384 << 20))
 
+def _origin(info, factor: float) -> tuple[int, int]: # row, col
+    "Where the image begins among the pixels of all images of its grid."
+    if info.transform is None or factor != 1: return 0, 0
+    back = ~info.transform
+    return math.floor(.25 - back.f), math.floor(.25 - back.c)   # corners lie on pixels or in their middles; neither is near .75
+
 def _plan(info, eyes: list[Eye], look: Look, factor: float) -> tuple[tuple, Cover]:
     "The network's grid, and the windows on it. Raises DataError."
     network = info.shape if factor == 1 else tuple(max(1, round(n * factor)) for n in info.shape)
     stride = max(eye.stride for eye in eyes)
     size = look.size or -(-int(eyes[0].card.extra.get("size") or 256) // stride) * stride
-    try: return network, cover(network, size, *(None if v < 0 else v for v in (look.overlap, look.margin)), stride)
+    try: return network, cover(network, size, *(None if v < 0 else v for v in (look.overlap, look.margin)), stride, _origin(info, factor))
     except ValueError as error: raise DataError(str(error)) from error
 
 def _local(image) -> bool: return "://" not in str(image) and not str(image).startswith("/vsi")
@@ -102,7 +109,7 @@ def _identity(image, eyes: list[Eye], look: Look, plan: Cover, device: str) -> d
     "What must be the same for finished rows to count."
     stat = os.stat(image) if _local(image) else None
     return dict(image=Path(image).name, bytes=stat and [stat.st_size, stat.st_mtime_ns], models=[e.key for e in eyes],
-                look=asdict(look), windows=[len(plan.seen), plan.blend, *map(int, plan.seen[-1])], device=device.split(":")[0])
+                look=asdict(look), windows=[len(plan.seen), plan.blend, *map(int, plan.seen[-1]), *map(int, plan.kept[-1])], device=device.split(":")[0])
 
 # %% ../../nbs/scenes/rasters.ipynb #a1ec83bf
 def predict_raster(
@@ -111,7 +118,7 @@ def predict_raster(
     out: str | Path,       # .tif
     look: Look | None = None, # `Look()` by default
     device: str = "cpu",
-    workers: int = 2,      # threads that read
+    workers: int = 2,      # threads that read; with ray: processes
     overwrite: bool = False,
     progress: bool = True, # show a bar
     backend: str = "threads", # of `map_windows`
@@ -186,15 +193,16 @@ def aerial_predict(
     fill: str = "",         # declared no-data colour, such as 255,255,255
     dtype: str = "uint8",   # uint8 (254 is 1, 255 no data), uint16, float32
     device: str = "auto",   # cpu, cuda, mps
-    workers: int = 2,       # threads that read
+    workers: int = 2,       # threads that read; with ray: processes
     overwrite: store_true = False, # an output that exists, or unfinished rows of another job
+    backend: str = "threads", # threads of this process, or ray: processes on the cluster of settings.ini
 ): # exit code: 0 done, 1 done but some blocks could not be read, 2 refused, 3 disk full, 130 interrupted
     "Predict a raster of any size with a saved model."
     logging.basicConfig(level=logging.INFO, format="aerial_predict: %(message)s")
     try:
         logging.getLogger("rasterio").setLevel(logging.CRITICAL)   # what GDAL says comes back in our own words
         look = Look(size, overlap, margin, batch, bool(turns), gsd, data_gsd_m, _colour(fill), dtype)
-        made = predict_raster(image, model, out, look, _device(device), workers, bool(overwrite))
+        made = predict_raster(image, model, out, look, str(pick_device(device)), workers, bool(overwrite), backend=backend)
     except DataError as error: logger.error("%s", error); raise SystemExit(2) from None
     except DiskFull as error: logger.error("%s", error); raise SystemExit(3) from None
     except OSError as error: logger.error("%s", error); raise SystemExit(2) from None
