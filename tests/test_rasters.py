@@ -1,5 +1,6 @@
 """Whole rasters to GeoTIFFs: cover, seam, resuming, bad input, and the command aerial_predict."""
 import errno
+import io
 import multiprocessing
 import os
 import pickle
@@ -12,7 +13,7 @@ import pytest
 import rasterio
 import torch
 from hypothesis import given, settings, strategies as st
-from rasterio.transform import from_origin
+from rasterio.transform import Affine, from_origin
 from rasterio.windows import Window
 
 from aerial_nb.data.grid import as_slices, blended_rows, put_back
@@ -25,6 +26,7 @@ from aerial_nb.scenes.rasters import Seer, aerial_predict, predict_raster
 from aerial_nb.scenes.rowfile import open_rows
 from aerial_nb.scenes.scale import predict_scaled, rescale
 from aerial_nb.scenes.windowmap import batches, cover, map_windows, resample, taps
+from aerial_nb.training.records import DiskFull
 from aerial_nb.training.saved import ModelCard, save_model
 
 UTM = {"crs": "EPSG:32633", "transform": from_origin(5e5, 5e6, 0.5, 0.5)}
@@ -270,6 +272,8 @@ def test_rows_of_another_job_go_when_told(tmp_path):
     with open_rows(out, (90, 80), "uint8", dict(other=1)) as rows: rowfile.append_rows(rows, np.zeros((50, 80), "uint8"))
     with pytest.raises(DataError, match="other: 1, now None"): make(image, [EYE], out)
     assert make(image, [EYE], out, overwrite=True).earlier == 0
+    with open_rows(tmp_path / "p.tif", (90, 80), "uint8", dict(other=1)): pass   # nothing finished: nothing to lose
+    make(image, [EYE], tmp_path / "p.tif")
     assert (read(out) == to_levels(bright(smooth((90, 80))[None], None)[0], "uint8")).all()
 
 
@@ -375,6 +379,134 @@ def test_an_output_that_exists_is_refused_unless_told(tmp_path):
     with pytest.raises(DataError, match="cannot write there"): make(image, [EYE], out / "deeper.tif")
 
 
+def like_ours(path, pixels=None, **more):
+    "An image written with rasterio alone."
+    pixels = smooth((100, 100)) if pixels is None else pixels
+    with rasterio.open(path, "w", driver="GTiff", count=len(pixels), height=pixels.shape[1], width=pixels.shape[2], dtype=pixels.dtype, **UTM | more) as d:
+        d.write(pixels)
+    return path
+
+
+KNOWS_BYTES = Eye("bytes", ModelCard("none", gsd_m=0.5, mean=(120,) * 3, std=(50,) * 3), "1", give_bright)
+SEEN = to_levels(bright(smooth((100, 100))[None], None)[0], "uint8")
+
+
+def test_numbers_of_another_kind(tmp_path, caplog):
+    bytes_, few = smooth((100, 100)), np.full((3, 100, 100), 0.5, "float32")
+    for k, (pixels, said) in enumerate(((bytes_.astype("uint16") * 200, "values of 200 to .* was trained on bytes"), (few, "values of 0.5 to 0.5, .* trained on bytes"),
+                                        (bytes_ * 1e4, "trained on bytes"), (bytes_.astype("complex64"), "complex"))):
+        with pytest.raises(DataError, match=said): make(like_ours(tmp_path / f"{k}.tif", pixels), [KNOWS_BYTES], tmp_path / "o.tif")
+    share = Eye("s", ModelCard("none", gsd_m=0.5, mean=(.4,) * 3, std=(.2,) * 3), "1", give_bright)
+    with pytest.raises(DataError, match="values of 0 to 1"): make(like_ours(tmp_path / "f.tif", bytes_.astype("float32")), [share], tmp_path / "o.tif")
+    # bytes in another type are bytes
+    for dtype in ("uint16", "float32", "int16"):
+        out = make(like_ours(tmp_path / f"{dtype}.tif", bytes_.astype(dtype)), [KNOWS_BYTES], tmp_path / f"{dtype}_o.tif").path
+        np.testing.assert_array_equal(read(out), SEEN)
+    deep = Eye("d", ModelCard("none", gsd_m=0.5, mean=(900,) * 3, std=(300,) * 3), "1", give_bright)
+    make(tmp_path / "0.tif", [deep], tmp_path / "d.tif")
+    assert "far above what the model knows" in caplog.text
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -3.4e38])
+def test_values_that_nobody_measures_are_no_data(tmp_path, caplog, value):
+    pixels = smooth((100, 100)).astype("float32"); pixels[1, 20:30, 20:40] = value
+    stored = read(make(like_ours(tmp_path / "f.tif", pixels), [KNOWS_BYTES], tmp_path / "o.tif").path)
+    assert (stored[20:30, 20:40] == 255).all() and (stored == 255).sum() == 200
+    assert ("does not declare it" in caplog.text) == (value == -3.4e38)
+
+
+def test_pictures_with_palette_alpha_and_mask(tmp_path):
+    from PIL import Image
+    pixels, known = smooth((100, 100)), np.ones((100, 100), bool); known[:30] = False
+    Image.fromarray(pixels.transpose(1, 2, 0)).quantize(64).save(tmp_path / "p.png")
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / "p.jpg", quality=95)
+    for name, near in (("p.png", 60), ("p.jpg", 25)):
+        stored = read(make(tmp_path / name, [KNOWS_BYTES], tmp_path / f"{name}.tif", Look(gsd="native")).path)
+        assert (stored != 255).all() and np.abs(stored.astype(int) - SEEN).mean() < near
+    alpha = like_ours(tmp_path / "alpha.tif", np.concatenate([pixels, known[None] * np.uint8(255)]), photometric="RGB", alpha="yes")
+    masked = like_ours(tmp_path / "masked.tif")
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(masked, "r+") as d: d.write_mask(known)
+    assert (tmp_path / "masked.tif.msk").exists()
+    for image in (alpha, masked):
+        np.testing.assert_array_equal(read(make(image, [KNOWS_BYTES], image.with_suffix(".map.tif")).path), np.where(known, SEEN, 255))
+
+
+def test_a_rotated_image_keeps_its_place(tmp_path):
+    turned = Affine(0.4, 0.3, 5e5, 0.3, -0.4, 5e6)
+    with rasterio.open(make(like_ours(tmp_path / "r.tif", transform=turned), [KNOWS_BYTES], tmp_path / "o.tif").path) as d:
+        assert d.transform.almost_equals(turned, 1e-9) and (d.read(1) == SEEN).all()
+
+
+def mosaic(path, *names):
+    "A VRT of images of 100 x 100 side by side."
+    def source(k, band): return (f'<SimpleSource><SourceFilename relativeToVRT="1">{names[k]}</SourceFilename><SourceBand>{band}</SourceBand><SrcRect xOff="0" '
+                                 f'yOff="0" xSize="100" ySize="100"/><DstRect xOff="{100 * k}" yOff="0" xSize="100" ySize="100"/></SimpleSource>')
+    bands = "".join(f'<VRTRasterBand dataType="Byte" band="{b}">{"".join(source(k, b) for k in range(len(names)))}</VRTRasterBand>' for b in (1, 2, 3))
+    path.write_text(f'<VRTDataset rasterXSize="{100 * len(names)}" rasterYSize="100">{bands}</VRTDataset>')
+    return path
+
+
+def test_a_mosaic_with_a_part_missing(tmp_path):
+    like_ours(tmp_path / "a.tif")
+    made = make(mosaic(tmp_path / "whole.vrt", "a.tif", "a.tif"), [KNOWS_BYTES], tmp_path / "o.tif", Look(size=96, gsd="native"))
+    np.testing.assert_array_equal(read(made.path), np.concatenate([SEEN, SEEN], 1))
+    mosaic(tmp_path / "inner.vrt", "a.tif", "gone.tif")
+    for image in (tmp_path / "inner.vrt", mosaic(tmp_path / "outer.vrt", "inner.vrt")):
+        with pytest.raises(DataError, match="1 of the . files it is made of are not there .*gone.tif"): make(image, [KNOWS_BYTES], tmp_path / "p.tif", Look(gsd="native"))
+    with pytest.raises(DataError, match="a part of it"): make(tmp_path / "whole.vrt", [KNOWS_BYTES], tmp_path / "a.tif", Look(gsd="native"), overwrite=True)
+
+
+def test_places_that_cannot_be_written_or_read(tmp_path, caplog):
+    image = like_ours(tmp_path / "i.tif")
+    os.symlink(image, tmp_path / "link.tif"); os.link(image, tmp_path / "hard.tif"); (tmp_path / "folder.tif").mkdir()
+    before = image.read_bytes()
+    for out, said in (("link.tif", "is the image itself"), ("hard.tif", "is the image itself"), ("folder.tif", "is a folder"), ("i.tif/o.tif", "cannot write there")):
+        with pytest.raises(DataError, match=said): make(image, [KNOWS_BYTES], tmp_path / out, overwrite=True)
+    for wrong, said in ((tmp_path, "is a folder: give one image"), (tmp_path / "none.tif", "none.tif: no such file$")):
+        with pytest.raises(DataError, match=said): make(wrong, [KNOWS_BYTES], tmp_path / "o.tif")
+    for name, content in (("cut.tif", before[:200]), ("text.tif", b"hello"), ("empty.tif", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: a truncated or corrupt file.*again$"): make(tmp_path / name, [KNOWS_BYTES], tmp_path / "o.tif")
+    with pytest.raises(DataError, match="has 2 values, and .* has 3 bands"): make(image, [KNOWS_BYTES], tmp_path / "o.tif", Look(fill=(1, 2)))
+    with pytest.raises(DataError, match="workers"): make(image, [KNOWS_BYTES], tmp_path / "o.tif", workers=0)
+    assert image.read_bytes() == before and not list(tmp_path.glob("*.part"))
+    assert read(make(image, [KNOWS_BYTES], tmp_path / "new/deep/o.tif").path).shape == (100, 100)
+    blank = make(like_ours(tmp_path / "blank.tif", nodata=0, pixels=np.zeros((3, 70, 70), "uint8")), [KNOWS_BYTES], tmp_path / "b.tif")
+    assert blank.no_data == 1 and "no data at all" in caplog.text
+
+
+def test_no_room_for_a_batch_is_said(tmp_path):
+    def full(pixels, valid): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+    with pytest.raises(DataError, match="no room for 1 windows of 100 x 100 pixels: take a smaller batch"):
+        make(like_ours(tmp_path / "i.tif"), [Eye("M", KNOWS_BYTES.card, "1", lambda device: full)], tmp_path / "o.tif")
+    def buggy(pixels, valid): raise RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        make(tmp_path / "i.tif", [Eye("M", KNOWS_BYTES.card, "1", lambda device: buggy)], tmp_path / "o.tif")
+
+
+def test_the_bar_of_a_job_that_goes_on_begins_where_it_stopped(tmp_path, monkeypatch):
+    bars, image = [], picture(tmp_path, (300, 200))
+    class Bar(rasters.tqdm):
+        def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs | dict(disable=False, file=io.StringIO())); bars.append(self)
+        def refresh(self, *args, **kwargs):
+            if self.n and not hasattr(self, "began"): self.began = self.n, self.initial, self.last_print_n
+            return super().refresh(*args, **kwargs)
+    monkeypatch.setattr(rasters, "tqdm", Bar)
+    def stops(device):
+        calls = []
+        def answer(pixels, valid):
+            calls.append(1)
+            if len(calls) > 16: raise KeyboardInterrupt
+            return bright(pixels, valid)
+        return answer
+    with pytest.raises(KeyboardInterrupt): make(image, [Eye("bright", EYE.card, "1", stops)], tmp_path / "o.tif", Look(size=64, batch=2), workers=1)
+    made = make(image, [EYE], tmp_path / "o.tif", Look(size=64, batch=2))
+    total = len(cover((300, 200), 64).seen)
+    assert made.earlier > 0 and bars[1].total == total == bars[1].n
+    began, initial, shown = bars[1].began
+    assert 0 < began == initial == shown < total
+
+
 def _hold(out, ready, leave):
     with open_rows(out, (70, 70), "uint8", {}):
         ready.set(); leave.wait(20)
@@ -391,7 +523,7 @@ def test_two_processes_with_one_output(tmp_path):
     assert make(tmp_path / "image.tif", [EYE], tmp_path / "o.tif", overwrite=True).earlier == 0
 
 
-def test_the_command(tmp_path, caplog):
+def test_the_command(tmp_path, caplog, monkeypatch):
     model, image, out = save(tmp_path / "model"), picture(tmp_path, (150, 130)), tmp_path / "o.tif"
     def code(*arguments, **options):
         with pytest.raises(SystemExit) as end: aerial_predict(*map(str, arguments), **options)
@@ -401,8 +533,16 @@ def test_the_command(tmp_path, caplog):
     assert code(image, model, out, device="cpu", overwrite=True, gsd="1.0") == 0
     assert code(image, model, tmp_path / "p.tif", device="cpu", fill="red") == 2
     assert code(tmp_path / "none.tif", model, tmp_path / "p.tif", device="cpu") == 2 and "no such file" in caplog.text
+    assert code(image, model, tmp_path / "p.tif", device="abacus") == 2 and "device 'abacus' is unknown" in caplog.text
+    assert code(image, model, tmp_path / "p.tif", device="cpu", workers=0) == 2
     broken(tmp_path / "b.tif")
     assert code(tmp_path / "b.tif", model, tmp_path / "b_out.tif", device="cpu") == 1
+    def full(*args): raise DiskFull(errno.ENOSPC, "no space left for it")
+    monkeypatch.setattr(rasters, "append_rows", full)
+    assert code(image, model, tmp_path / "p.tif", device="cpu") == 3
+    def stop(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(rasters, "append_rows", stop)
+    assert code(image, model, tmp_path / "q.tif", device="cpu") == 130 and "repeat the command" in caplog.text
 
 
 # ---- size

@@ -31,8 +31,9 @@ def _checked(eye: Eye, out, valid: np.ndarray, windows: np.ndarray, pixels: np.n
     if not bad.any(): return out
     i = int(bad.any((1, 2)).argmax())
     row, col, high, wide = map(int, windows[i])
-    seen = pixels[i][:, valid[i]]
-    raise DataError(f"model {eye.name} gives no probabilities (such as {out[i][..., bad[i]].flat[0]:g}) for {np.count_nonzero(bad[i])} pixels in "
+    seen, said = pixels[i][:, valid[i]], out[i][..., bad[i]]
+    said = said[~((said > -1e-3) & (said < 1.001))]
+    raise DataError(f"model {eye.name} gives no probabilities (such as {said[0]:g}) for {np.count_nonzero(bad[i])} pixels in "
                     f"rows {row}..{row + high}, columns {col}..{col + wide}, where the image holds {seen.min():g} to {seen.max():g}: a no-data "
                     "value that is not declared (gdal_edit.py -a_nodata, or --fill), or a model whose training failed")
 
