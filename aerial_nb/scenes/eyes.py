@@ -154,6 +154,7 @@ def check_parts(image) -> None:
         raise DataError(f"{image}: {len(missing)} of the {len(parts)} files it is made of are not there ({', '.join(map(str, missing[:3]))}"
                         f"{', ...' * (len(missing) > 3)}), and would be read as black: put them back, or make it again (gdalbuildvrt)")
 
+# %% ../../nbs/scenes/eyes.ipynb #c0ffee64
 def check_fit(image, info, eyes: list[Eye], look: Look) -> float: # by which the image's sides are multiplied for the network
     "Refuse models that do not fit the image or one another. Raises DataError."
     first = eyes[0].card

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
-from ..data import raster
+import aerial_nb.data.raster as raster
 from ..data.ground import Grid, image_grid
 from ..data.masks import CLASS_MAP_TAG, IGNORE
 from ..data.raster import DataError, open_raster
