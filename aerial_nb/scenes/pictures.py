@@ -26,7 +26,7 @@ from rasterio.transform import from_bounds
 from rasterio.warp import reproject as warp
 from tqdm.auto import tqdm
 
-from ..data import raster
+import aerial_nb.data.raster as raster
 from ..data.ground import Grid, image_grid, reproject, way_between
 from ..data.raster import GEOD, DataError, Pixels, open_raster
 from ..data.vectors import PIXELS
