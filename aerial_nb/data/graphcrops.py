@@ -124,6 +124,7 @@ SAT2GRAPH = Preset("SAT2GRAPH", TURNED, (Step("colour", 1., published_colour, ph
 # %% ../../nbs/data/graphcrops.ipynb #ed52af90
 class GraphCrops(Dataset):
     "Crops of tiles with road graphs by a plan; see `batch`."
+    n_inp = 1   # of a batch, what the network is given; the rest is for the loss
     def __init__(self,
         store: GraphStore,
         plan,       # array of PLACE, or a function: epoch -> such an array
@@ -206,6 +207,6 @@ def graph_loaders(
     "Two sets of crops as fastai DataLoaders."
     if bs < 1 or workers < 0: raise ValueError(f"need bs >= 1 and workers >= 0, got {bs} and {workers}")
     if train.draw and len(train) < bs: raise ValueError(f"{len(train)} training crops do not fill one batch of {bs}: draw more, or lower bs")
-    made = [CropLoader(ds, bs=bs, num_workers=workers, device=torch.device(device), after_batch=NormaliseGraph(stats), n_inp=1,
+    made = [CropLoader(ds, bs=bs, num_workers=workers, device=torch.device(device), after_batch=NormaliseGraph(stats),
                        drop_last=bool(ds.draw) and ds is train, pin_memory=str(device).startswith("cuda")) for ds in (train, valid)]
     return DataLoaders(*made, device=torch.device(device))

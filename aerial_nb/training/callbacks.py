@@ -188,7 +188,11 @@ class Checkpoint(Callback):
         file = self.folder / "checkpoint.pt"
         if not file.is_file(): return 0
         state = torch.load(file, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
+        try: self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            what = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+            raise ValueError(f"{file.name} of {self.folder.path.name} is of another network ({what}): "
+                             "give the arguments it was begun with, or begin a new run") from error
         if not self.opt: self.learn.create_opt()
         self.opt.load_state_dict(state["opt"])
         self.best = state["best"]

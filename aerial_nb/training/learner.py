@@ -21,7 +21,7 @@ from ..data.loaders import EpochCrops
 from ..models.zoo import build
 from .callbacks import (Checkpoint, History, Precision, Progress, PRECISIONS, SeedEpochs,
                                           StopAtNaN)
-from .control import BEST_BY, AverageWeights, FreezeEncoder, Plateau, StopEarly, encoder_of
+from .control import BEST_BY, AverageWeights, FreezeEncoder, Halve, Plateau, StopEarly, encoder_of
 from .losses import LOSSES, DeepSupervision, TwoTasks, build_loss
 from .records import Folder
 
@@ -37,7 +37,7 @@ from fastai.optimizer import OptimWrapper
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/training/learner.ipynb #c6ccef50
-SCHEDULES = ("one_cycle", "flat_cos", "flat", "plateau")
+SCHEDULES = ("one_cycle", "flat_cos", "flat", "plateau", "halved")
 OPTIMISERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Recipe:
     "How to train; plain values. Raises ValueError on impossible ones."
     epochs: int = 10
     lr: float = 2e-3              # the highest of the schedule
-    schedule: str = "one_cycle"   # one_cycle, flat_cos (flat, then a cosine to zero), flat, or plateau (halved when validation stands still)
+    schedule: str = "one_cycle"   # one_cycle, flat_cos (flat, then a cosine to zero), flat, plateau (halved when validation stands still), or halved (every so many steps)
     plateau: int = 3              # validations without a rise that the plateau schedule waits for
+    halve_every: int = 50_000     # optimiser steps from one halving to the next, of the halved schedule
     optimiser: str = "adamw"      # adamw, adam
     weight_decay: float = 1e-4    # decoupled with adamw, in the gradient with adam
     loss: str = "ce_iou"          # a name of LOSSES, at every scale the model gives
@@ -73,7 +74,7 @@ def _recipe_faults(recipe: Recipe) -> list[str]:
     value = lambda name: getattr(recipe, name)
     faults = [f"{name} '{value(name)}' is unknown; known: {', '.join(k or '(empty)' for k in known)}"
               for name, known in choices.items() if value(name) not in known]
-    faults += [f"{name} must be above 0, got {value(name)}" for name in ("epochs", "lr", "pos_weight", "accum", "valid_every", "encoder_lr")
+    faults += [f"{name} must be above 0, got {value(name)}" for name in ("epochs", "lr", "halve_every", "pos_weight", "accum", "valid_every", "encoder_lr")
                if not value(name) > 0]
     faults += [f"{name} must not be negative, got {value(name)}"
                for name in ("weight_decay", "orientation_weight", "patience", "plateau", "freeze_epochs") if not value(name) >= 0]
@@ -108,6 +109,7 @@ def _callbacks(recipe: Recipe, folder: Folder, seed: int, checkpoint_s: float, d
     if recipe.accum > 1: cbs.append(GradientAccumulation(recipe.accum * bs))
     if recipe.freeze_epochs: cbs.append(FreezeEncoder(recipe.freeze_epochs))
     if recipe.schedule == "plateau": cbs.append(Plateau(patience=recipe.plateau, by=recipe.best_by))
+    if recipe.schedule == "halved": cbs.append(Halve(recipe.halve_every, recipe.accum))
     if recipe.patience: cbs.append(StopEarly(recipe.patience, recipe.best_by, recipe.freeze_epochs))
     if recipe.ema: cbs.append(AverageWeights(recipe.ema))
     return cbs

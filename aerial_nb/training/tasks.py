@@ -9,7 +9,7 @@ __all__ = ['logger', 'Judged', 'tiles_of', 'crops_of', 'HeldOut', 'Task', 'overf
 
 # %% ../../nbs/training/tasks.ipynb #a994d6c7
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,11 +54,16 @@ def crops_of(crops: CropDataset) -> list[Judged]:
     return found
 
 # %% ../../nbs/training/tasks.ipynb #919104f8
+def _whole(rows: pd.DataFrame) -> list[Judged]: return tiles_of(TileStore(rows), rows)
+
 class HeldOut(Sequence):
     "The test tiles of a task: a list of Judged, once a model was let in."
-    def __init__(self, door: TestDoor):
-        self.door, self._tiles = door, None
-        door.prepare(TileStore)   # into the cache of decoded tiles
+    def __init__(self,
+        door: TestDoor,
+        read: Callable | None = None, # samples table -> tiles; `Judged` whole tiles by default
+    ):
+        self.door, self.read, self._tiles = door, read or _whole, None
+        door.prepare(self.read)   # into the cache of decoded tiles
 
     @property
     def opened(self) -> bool: return self._tiles is not None
@@ -67,7 +72,7 @@ class HeldOut(Sequence):
         "Read the tiles for the arm in this folder; `model` is its `model_hash`. Raises DataError on a second reading."
         run = folder.path.parent.parent if folder.path.parent.name == "arms" else folder.path
         rows = self.door.at(run, folder.path.name).open("score", model)
-        if self._tiles is None: self._tiles = tiles_of(TileStore(rows), rows)
+        if self._tiles is None: self._tiles = self.read(rows)
 
     def __len__(self) -> int: return self.door.rows
 
