@@ -299,17 +299,24 @@ def write_graph(
     path,                # .gpkg .geojson .shp .fgb .parquet .csv .p .npz
     image: str | None = None, # ImageId of a .csv; the file's name by default
     merge: bool = True,  # GIS files: one line from junction to junction, instead of one per edge
+    notes: dict | None = None, # texts by name, such as an attribution; kept by .gpkg, .geojson and .parquet
 ) -> Path: # raises DataError when the format cannot hold the graph
     "Write roads to a file; its ending says how."
     path, kind = Path(path), Path(path).suffix.lower()
     if kind == ".npz": return graph.save(path)
     if kind == ".csv": return write_wkt({image or path.stem: graph}, path)
     if kind in (".p", ".pickle", ".pkl"): _write_sat2graph(graph, path)
-    elif kind == ".parquet": _lines(graph, path, merge).to_parquet(path)
+    elif kind == ".parquet":
+        table = _lines(graph, path, merge)
+        table.attrs |= notes or {}
+        table.to_parquet(path)
     elif kind in (".geojson", ".json"):
         table = _lines(graph if graph.crs is None else graph.to_crs("EPSG:4326"), path, merge)
-        table.to_file(path, driver="GeoJSON", engine="pyogrio", COORDINATE_PRECISION=15)
-    elif kind in (".gpkg", ".shp", ".fgb"): _lines(graph, path, merge).to_file(path, engine="pyogrio")
+        said = dict(DESCRIPTION="; ".join(f"{k}: {v}" for k, v in notes.items())) if notes else {}
+        table.to_file(path, driver="GeoJSON", engine="pyogrio", COORDINATE_PRECISION=15, **said)
+    elif kind in (".gpkg", ".shp", ".fgb"):
+        said = dict(dataset_metadata=notes) if notes and kind == ".gpkg" else {}
+        _lines(graph, path, merge).to_file(path, engine="pyogrio", **said)
     else: raise DataError(f"{path}: no writer for {kind or 'a file without ending'}; roads are written to "
                           ".gpkg .geojson .shp .fgb .parquet .csv .p .npz")
     return path
