@@ -77,11 +77,11 @@ def score_graph(
     truth: RoadGraph, # in pixels
     found: RoadGraph, # in pixels
     shape: tuple[int, int], # of the tile
-    scoring: Scoring = Scoring(),
+    scoring: Scoring | None = None,
     routes: bool = True,    # APLS too
 ) -> dict: # topo_precision, topo_recall, topo_f1, apls (NaN where undefined), true_m, found_m
     "TOPO and APLS of a tile; both graphs are cut at its border."
-    box = (0, 0, shape[1], shape[0])
+    scoring, box = scoring or Scoring(), (0, 0, shape[1], shape[0])
     truth, found = ((g.crop(box) if len(g) else g) for g in (RoadGraph(truth.nodes, truth.edges), RoadGraph(found.nodes, found.edges)))
     t = topo(truth, found, gsd_m=scoring.gsd_m)
     row = dict(topo_precision=t.precision, topo_recall=t.overall_recall, topo_f1=t.f1, apls=np.nan)

@@ -113,23 +113,24 @@ class GraphTask:
     @property
     def gsd_m(self) -> float: return self.scoring.gsd_m
 
-def _read_graphs(rows: pd.DataFrame, how: Preparing) -> list[JudgedGraph]: return graphs_of(GraphStore(rows.reset_index(drop=True), how))
+def _read_graphs(rows: pd.DataFrame, how: Preparing) -> list[JudgedGraph]: return graphs_of(GraphStore(rows.reset_index(drop=True), how, progress=len(rows) > 3))
 
 def graph_task(
     samples: pd.DataFrame, # of `graph_samples`
     protocol: str,         # overfit or split
     recipe: Recipe,        # as `graph_recipe` makes them
     sampling: GraphSampling,
-    how: Preparing = Preparing(),
+    how: Preparing | None = None,   # of lines to labels; the published numbers by default
     scoring: Scoring | None = None, # its gsd_m is that of `how`
     loading: dict | None = None,    # of `graph_crops`: workers, device
     **options,             # of GraphTask: arguments, weights, stride, data
 ) -> GraphTask: # raises DataError where a part is missing, ValueError
     "Everything an arm needs, read and checked before anything is trained."
     if protocol not in ("overfit", "split"): raise ValueError(f"protocol '{protocol}' is unknown; use overfit or split")
+    how = how or Preparing()
     door = _door(ensure_split(samples)) if protocol == "split" else None
     parts = [samples] if door is None else [door.tuning[door.tuning.split == p] for p in ("train", "valid")]
-    stores = [GraphStore(part.reset_index(drop=True), how) for part in parts]
+    stores = [GraphStore(part.reset_index(drop=True), how, progress=len(part) > 3) for part in parts]
     train, valid = stores[0], stores[-1]
     held = graphs_of(valid) if door is None else HeldOut(door, partial(_read_graphs, how=how))
     dls, stats = graph_crops(train, valid, sampling, **loading or {})
