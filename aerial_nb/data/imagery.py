@@ -57,23 +57,24 @@ def _cut(tiles: Tiles, box: Box, service: Service) -> Picture:
     return Picture(tiles.data[:, *at], tiles.valid[at], grid, tiles, service)
 
 def box_picture(
-    box,                # Box, or what `parse_box` takes
+    box,                # Box, what `parse_box` takes, or a Grid, which is filled as it is
     service: Service,
-    gsd_m: float = 1.,  # metres per pixel
+    gsd_m: float = 1.,  # metres per pixel; a Grid has its own
     crs="utm",          # or any projected CRS; EPSG:3857 keeps the pixels of the tiles
     zoom: int | None = None, # by default the one that fits gsd_m
     fetch: Fetching = POLITE,
     progress: bool = True,
 ) -> Picture: # raises DataError
     "A picture of a box."
-    box = parse_box(box)
+    grid, box = (box, _around(box)) if isinstance(box, Grid) else (None, parse_box(box))
     if max(abs(box.south), abs(box.north)) > 85: raise DataError(f"box {box}: tiles end at 85 degrees of latitude")
+    gsd_m = gsd_m if grid is None else grid.gsd_m
     if not gsd_m > 0: raise DataError(f"gsd_m is metres per pixel and above 0, got {gsd_m}")
     zoom = pick_zoom(gsd_m, (box.south + box.north) / 2, service) if zoom is None else zoom
-    plain = crs != "utm" and resolve_crs(crs) == _MERCATOR
-    grid = None if plain else box_grid(box, gsd_m, crs, f"the box {box}")
+    plain = grid is None and crs != "utm" and resolve_crs(crs) == _MERCATOR
+    if grid is None and not plain: grid = box_grid(box, gsd_m, crs, f"the box {box}")
     if grid and np.prod(grid.shape) > 4e8: raise DataError(f"box {box}: {grid.shape[1]:,} x {grid.shape[0]:,} px are too many for one picture; make several")
-    logger.info("zoom %d, %.2f m per pixel here%s", zoom, zoom_gsd(zoom, (box.south + box.north) / 2, service.tile_px), "" if plain else f", for {gsd_m:g} m")
+    logger.info("zoom %d, %.2f m per pixel here%s", zoom, zoom_gsd(zoom, (box.south + box.north) / 2, service.tile_px), "" if plain else f", for {gsd_m:.3g} m")
     logger.info("pictures of %s: %s; read its terms before you use or share them%s", service.host, service.attribution, f": {service.terms}" if service.terms else "")
     tiles = fetch_tiles(box if plain else _around(grid), zoom, service, fetch, progress)
     if tiles.missing: logger.warning("%d of %d tiles are not there: no data in the picture", tiles.missing, tiles.count)

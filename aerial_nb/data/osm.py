@@ -29,7 +29,7 @@ from pyproj import CRS
 from ..commands import command
 from .graphtiles import KINDS, Preparing, hard_places, onto_image, prepare
 from .ground import Grid, image_grid, reproject
-from .overpass import POLITE, Box, Overpass, box_grid, overpass_lines, parse_box
+from .overpass import POLITE, Box, Overpass, box_grid, grid_box, overpass_lines, parse_box
 from .raster import GEOD, DataError
 from .vectors import PIXELS, read_layer, resolve_crs
 from ..roads.files import write_graph
@@ -245,9 +245,7 @@ def roads_to_graph(
     box = None if box is None else parse_box(box)
     if box is None and isinstance(source, str) and source.startswith("overpass:"): box = parse_box(source.partition(":")[2])
     grid = image_grid(image) if image is not None else None if box is None else box_grid(box, (how or PUBLISHED).gsd_m, name=f"the box {box}")
-    if grid is not None and grid.crs != PIXELS and image is not None:
-        outline = reproject(np.array([grid.outline(60)]), grid.crs, CRS("EPSG:4326"), 1e-6)[0]
-        box = Box(*shapely.bounds(outline)) if outline.is_valid else None
+    if image is not None and grid.crs != PIXELS: box = grid_box(grid, 60)
     what = Path(source).name if isinstance(source, (str, Path)) else "the lines"
     return lines_graph(road_lines(source, box, **read), grid, keep, how, what, clip=image is None and box is not None)
 
