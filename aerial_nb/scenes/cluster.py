@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -71,9 +72,14 @@ def joined(
         ray.shutdown()   # ends what was started here, and leaves what was joined
         if folder: shutil.rmtree(folder, ignore_errors=True)
 
+def _knock(address: str, seconds: float = 5.) -> None: # raises OSError, ValueError
+    "Whether anybody is there at all; Ray itself asks for more than a minute."
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon: socket.create_connection((host, int(port)), seconds).close()   # not for `auto`
+
 def _join(ray, address: str, quiet: dict) -> None:
-    try: ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    try: _knock(address); ray.init(address, **quiet)
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
         raise DataError(f"no Ray cluster at '{address}' ({str(error).strip().splitlines()[0]}): start one with `ray start --head`, or "
                         "leave `cluster` in settings.ini (AERIAL_CLUSTER) empty to start one here") from error
 
