@@ -8,18 +8,22 @@ Functions as commands: options from arguments, help from their comments."""
 __all__ = ['command']
 
 # %% ../nbs/commands.ipynb #470a766c
+import re
 import sys
 from functools import wraps
 
 from fastcore.script import anno_parser
 
 # %% ../nbs/commands.ipynb #0657f608
+_NUMBERS = re.compile(r"-\.?\d[\d.,;eE+-]*$")     # -71.1,42.3,-71.0,42.4 is a place, not an option
+
 def command(func):
     "A command of a function, as fastcore's `call_parse` makes it; options may have dashes or underscores."
     @wraps(func)
     def run(*args, **kwargs):
         if args or kwargs: return func(*args, **kwargs)
         parser = anno_parser(func)
+        parser._negative_number_matcher = _NUMBERS
         known = {o.replace("-", "_"): o for action in parser._actions for o in action.option_strings}
         parts = [word.partition("=") for word in sys.argv[1:]]
         words = [known.get(name.replace("-", "_"), name) + sign + value if name.startswith("--") else name + sign + value

@@ -22,6 +22,7 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pyogrio
+import rasterio
 import shapely
 from fastcore.script import store_true
 from pyproj import CRS
@@ -30,7 +31,7 @@ from ..commands import command
 from .graphtiles import KINDS, Preparing, hard_places, onto_image, prepare
 from .ground import Grid, image_grid, reproject
 from .overpass import POLITE, Box, Overpass, box_grid, grid_box, overpass_lines, parse_box
-from .raster import GEOD, DataError
+from .raster import GEOD, DataError, ground_resolution
 from .vectors import PIXELS, read_layer, resolve_crs
 from ..roads.files import write_graph
 from ..roads.graph import RoadGraph
@@ -117,8 +118,9 @@ def road_lines(
         found = read_layer(source, layer, crs)
         if box is not None and resolve_crs(found.crs) != PIXELS: found = found[_touches(found, box)]
     found = found[~(found.geometry.is_empty | found.geometry.isna())]
-    bad = ~np.isfinite(shapely.bounds(found.geometry.to_numpy())).all(1) if len(found) else []
-    if np.any(bad): raise DataError(f"{what}: {np.sum(bad)} lines have coordinates that are no numbers; mend or delete them")
+    at, which = shapely.get_coordinates(found.geometry.to_numpy(), return_index=True)
+    bad = np.unique(which[~np.isfinite(at).all(1)])
+    if len(bad): raise DataError(f"{what}: {len(bad)} of {len(found)} lines have coordinates that are no numbers; mend or delete them")
     return _only_lines(_with_tags(found), what).reset_index(drop=True)
 
 def _touches(lines: gpd.GeoDataFrame, box: Box) -> np.ndarray:
@@ -156,6 +158,9 @@ def _ways(lines: gpd.GeoDataFrame, why: np.ndarray) -> pd.DataFrame:
     table = table.assign(kept=table.why == "", km=table.km.round(3))[["highway", "ways", "km", "kept", "why"]]
     return table.sort_values(["kept", "ways"], ascending=False, ignore_index=True)
 
+def _gsd(grid: Grid) -> float: # as `raster_info` tells it of an image
+    return ground_resolution(rasterio.CRS.from_wkt(grid.crs.to_wkt()), grid.transform, grid.shape)
+
 def _extent(lines: gpd.GeoDataFrame, gsd_m: float) -> Grid:
     "A grid over all lines, a hundred metres wider."
     w, s, e, n = shapely.total_bounds(reproject(lines.geometry.to_numpy(), resolve_crs(lines.crs), CRS("EPSG:4326")))
@@ -188,7 +193,7 @@ def lines_graph(
     if not len(near): raise DataError(f"{what}: no roads in {grid.name}")
     made, moved, over = near, 0, len(crossings(near)[1])
     if how is not None:
-        factor = grid.gsd_m / how.gsd_m if grid.crs != PIXELS else 1.
+        factor = _gsd(grid) / how.gsd_m if grid.crs != PIXELS else 1.
         scaled = replace(near, nodes=near.nodes * factor)
         even, made = prepare(scaled, replace(how, clear_px=0)), prepare(scaled, how)
         moved = len(set(map(tuple, made.nodes.tolist())) - set(map(tuple, even.nodes.tolist())))
