@@ -159,7 +159,7 @@ def raster_layers(
         for i in range(m):
             name = b.names[i] or ("" if m == 1 else f"class {i + 1}")
             out.append(Overlay(f"probability{': ' if name else ''}{name}", part(n + i, n + i + 1), "heat", show=not both and i == 0))
-        if b: out.append(Overlay(f"prediction at {b.threshold:g}", part(n + m, n + 2 * m), "classes", _key(b.names, "predicted"), show=False))
+        if b: out.append(Overlay(f"prediction at {b.threshold:.3g}", part(n + m, n + 2 * m), "classes", _key(b.names, "predicted"), show=False))
         if both: out.append(Overlay("errors", part(n + 2 * m, n + 2 * m + 3), "classes", ERRORS))
     return out
 
