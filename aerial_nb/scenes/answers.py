@@ -18,11 +18,10 @@ from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
-import rasterio
 import shapely
 from fastcore.basics import patch
 
-from ..data.raster import DataError
+from ..data.raster import DataError, open_raster
 from .eyes import Eye, Look, open_eyes
 from .polygons import How, polygonise
 from .probmap import open_map
@@ -313,7 +312,7 @@ def preview_answer(file: Path, name: str, given: list, limits: Limits, job: Job,
     rows, cols = upload.info.shape
     share = min(1., side / max(rows, cols))
     shape = max(1, round(rows * share)), max(1, round(cols * share))
-    with rasterio.open(upload.path) as d:
+    with open_raster(upload.path) as d:
         bands = [1, 2, 3] if d.count >= 3 else [1]
         data, valid = d.read(bands, out_shape=(len(bands), *shape)), d.read_masks(1, out_shape=shape) > 0
     data = _to_bytes(data, valid)

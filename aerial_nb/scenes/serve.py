@@ -174,13 +174,16 @@ async def _respond(desk: Desk, request, work):
     "The response to one upload."
     from starlette.requests import ClientDisconnect
     from starlette.responses import Response
+    began, path = time.monotonic(), request.url.path
+    def tell(status, what): logger.info("%s %s %s, %.2f s", path, status, what, time.monotonic() - began)
     try: found = await desk.answer(request, work)
-    except (Refused, asyncio.CancelledError): raise
-    except ClientDisconnect: return Response(status_code=499)   # nobody hears it
+    except Refused as no: tell(no.status, str(no)); raise
+    except ClientDisconnect: tell(499, "the caller has gone"); return Response(status_code=499)   # nobody hears it
     except Exception:
         number = uuid4().hex[:8]
         logger.exception("error %s", number)
         raise Refused(500, f"something went wrong here; the log of the service tells what under the number {number}") from None
+    tell(200, " ".join(f"{k}={v}" for k, v in found.facts.items()))
     facts = {f"aerial-{k.replace('_', '-')}": str(v).encode("ascii", "replace").decode() for k, v in found.facts.items()}
     return Response(found.content, media_type=found.media, headers=facts | {"content-disposition": f'attachment; filename="{found.name}"'})
 
@@ -300,7 +303,9 @@ def aerial_serve() -> None: # exit code: 0 stopped, 2 refused, 130 interrupted
     "Serve models over HTTP: the command."
     asked = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="aerial_serve: %(message)s")
-    for name in ("rasterio", "pyogrio", "aerial_nb.scenes.eyes", "aerial_nb.scenes.polygons"): logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("aerial_nb").setLevel(logging.ERROR)   # what others say of single images; refusals say it to the caller
+    logger.setLevel(logging.INFO)
+    for name in ("rasterio", "pyogrio"): logging.getLogger(name).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, _told_to_stop)
     try:
         from aerial_nb.settings import pick_device

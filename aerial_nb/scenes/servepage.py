@@ -21,7 +21,7 @@ body { margin: 0; font: 15px/1.45 system-ui, sans-serif; color: var(--ink); back
 header { padding: .7rem 1.2rem; background: #fff; border-bottom: 1px solid var(--line); display: flex; gap: 1rem; align-items: baseline; }
 header h1 { font-size: 1.1rem; margin: 0; } header span { color: var(--soft); }
 main { display: grid; grid-template-columns: 17.5rem 1fr; gap: 1.2rem; padding: 1.2rem; max-width: 90rem; margin: auto; }
-form { display: flex; flex-direction: column; gap: .55rem; }
+form, #options { display: flex; flex-direction: column; gap: .55rem; }
 label { display: grid; gap: .1rem; font-size: .85rem; color: var(--soft); }
 select, input, button { font: inherit; padding: .35rem .5rem; border: 1px solid var(--line); border-radius: .35rem; background: #fff; width: 100%; }
 input[type=range] { padding: 0; }
@@ -160,7 +160,8 @@ RUN_JS = """
 async function take(blob, called, gsd) {
   state("busy", "looking at " + called + " ..."); image = null; clear();
   const answer = await ask("/preview", blob), width = +answer.headers.get("Aerial-Width"), height = +answer.headers.get("Aerial-Height");
-  $("picture").src = URL.createObjectURL(await answer.blob()); await $("picture").decode();
+  const shown = await answer.blob();
+  await new Promise((done, failed) => { $("picture").onload = done; $("picture").onerror = () => failed(new Error("the preview cannot be shown")); $("picture").src = URL.createObjectURL(shown); });
   $("view").style.setProperty("--shape", width / height); $("stage").className = "full"; image = blob; name = called;
   const box = document.querySelector("input[name=gsd_m]");
   if (gsd && box) box.value = gsd;
