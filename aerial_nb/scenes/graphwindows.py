@@ -20,7 +20,7 @@ from ..data.grid import WINDOW, ramp, rings, window_starts
 from ..data.loaders import Stats
 from ..data.raster import DataError
 from ..models.sat2graph import PAIRS
-from ..roads.gte import CHANNELS, SECTORS
+from ..roads.gte import SECTORS
 from .windowmap import cover
 
 # %% ../../nbs/scenes/graphwindows.ipynb #8f110df7
@@ -170,33 +170,49 @@ def _covered(shape: tuple, size: int, stride: int) -> tuple:
 class Sums:
     "Weighted sums of planes over some rows and columns, on a device."
     def __init__(self, planes: int, rows: int, cols: int, device="cpu", start: float = 0.):
-        self.total = torch.zeros((planes, rows, cols), device=device)
-        self.weight = torch.full((rows, cols), float(start), device=device)
+        self.total, self.start = torch.zeros((planes, rows, cols), device=device), float(start)
+        self.weight = torch.full((rows, cols), self.start, device=device)
+        self.known = torch.zeros((rows, cols), dtype=torch.bool, device=device)
 
-    def add(self, row: int, col: int, planes: torch.Tensor, weights: np.ndarray) -> None: # (planes, h, w), (h, w)
+    def add(self, row: int, col: int, planes: torch.Tensor, weights: np.ndarray, known: np.ndarray) -> None: # (planes, h, w), (h, w), (h, w) bool
         "Add a part whose corner is at a row and a column."
-        weight = torch.from_numpy(weights).to(self.total.device)
-        here = ..., slice(row, row + weight.shape[0]), slice(col, col + weight.shape[1])
-        self.total[here].addcmul_(planes, weight)
+        weight, known = (torch.from_numpy(np.ascontiguousarray(x)).to(self.total.device) for x in (weights, known))
+        here = slice(row, row + weight.shape[0]), slice(col, col + weight.shape[1])
+        self.total[:, *here].addcmul_(planes, weight)
         self.weight[here] += weight
+        self.known[here] = known
 
     def shift(self, rows: int) -> None:
         "Drop the first rows; as many empty ones follow below."
-        for sums, empty in ((self.total, 0.), (self.weight, 0.)):
+        for sums, empty in ((self.total, 0), (self.weight, self.start), (self.known, False)):
             left = sums.shape[-2] - rows
             if left > 0: sums[..., :left, :] = sums[..., rows:, :].clone()
             sums[..., max(left, 0):, :] = empty
+
+    def mean(self, planes=slice(None), rows=slice(None)) -> torch.Tensor: # (planes, rows, cols) float32
+        "Blended planes; zero where nothing is known."
+        return self.total[planes, rows] / self.weight[rows].clamp_min(1e-9) * self.known[rows]
+
+    def blocks(self, at: np.ndarray) -> np.ndarray: # (n, 9, planes) float32
+        "The 3 x 3 blocks around pixels (n, 2) row, col, at the border those inside again, of all blended planes."
+        rows, cols = self.weight.shape
+        r, c = (np.clip(at[:, axis, None] + step, 0, n - 1) for axis, step, n in
+                ((0, np.repeat((-1, 0, 1), 3), rows), (1, np.tile((-1, 0, 1), 3), cols)))
+        where = torch.from_numpy((r * cols + c).ravel()).to(self.total.device)
+        scale, known = (x.reshape(-1)[where] for x in (self.weight.clamp_min(1e-9), self.known))
+        found = self.total.reshape(len(self.total), -1)[:, where] / scale * known
+        return found.T.reshape(len(at), 9, len(self.total)).cpu().numpy()
 
 # %% ../../nbs/scenes/graphwindows.ipynb #320a0d8b
 def cut(pixels: np.ndarray, valid: np.ndarray, window) -> tuple[np.ndarray, np.ndarray]: # (bands, h, w), (h, w) bool
     "A window that may reach beyond the image: outside nothing is valid."
     row, col, high, wide = map(int, window)
-    t, l = max(row, 0), max(col, 0)
-    b, r = min(row + high, valid.shape[0]), min(col + wide, valid.shape[1])
-    if (t, l, b, r) == (row, col, row + high, col + wide): return pixels[:, t:b, l:r], valid[t:b, l:r]
+    t, a = max(row, 0), max(col, 0)
+    b, z = min(row + high, valid.shape[0]), min(col + wide, valid.shape[1])
+    if (t, a, b, z) == (row, col, row + high, col + wide): return pixels[:, t:b, a:z], valid[t:b, a:z]
     out, known = np.zeros((len(pixels), high, wide), pixels.dtype), np.zeros((high, wide), bool)
-    here = slice(t - row, b - row), slice(l - col, r - col)
-    out[:, *here], known[here] = pixels[:, t:b, l:r], valid[t:b, l:r]
+    here = slice(t - row, b - row), slice(a - col, z - col)
+    out[:, *here], known[here] = pixels[:, t:b, a:z], valid[t:b, a:z]
     return out, known
 
 def _answers(plan: GraphWindows, pixels, valid, model_fn, batch: int) -> Iterator[tuple]: # window, planes (planes, h, w) of what is kept
@@ -226,8 +242,8 @@ def predict_tensor(
                     *plan.seen[0].tolist()[2:])
     for i, planes in _answers(plan, pixels, valid, model_fn, batch):
         if sums is None: sums = Sums(len(planes), *valid.shape, planes.device, plan.start)
-        sums.add(int(plan.kept[i]["row"]), int(plan.kept[i]["col"]), planes, plan.weights(i))
-    weight = sums.weight.clamp_min(1e-9)
-    out = sums.total.div_(weight).mul_(torch.from_numpy(np.asarray(valid)).to(weight.device))
-    whole = ((weight - plan.start) / weight).cpu().numpy() if plan.start else 1.
-    return as_channels(out.cpu().numpy(), whole)
+        row, col, h, w = map(int, plan.kept[i])
+        sums.add(row, col, planes, plan.weights(i), valid[row:row + h, col:col + w])
+    whole = 1.
+    if plan.start: whole = (1 - plan.start / sums.weight.clamp_min(1e-9)).cpu().numpy()
+    return as_channels(sums.mean().cpu().numpy(), whole)
