@@ -164,7 +164,7 @@ def plot_search(
     each = table[table.snap_px == best["snap_px"]].groupby(["thr", "edge_thr"])[name]
     mean = each.mean()[each.size() == table.image.nunique()].unstack()
     fig, ax = plt.subplots(figsize=(4, 3.2), dpi=72, layout="constrained")
-    shown = ax.imshow(mean, cmap="viridis", vmin=0, vmax=max(mean.max().max(), 1e-9), aspect="auto")
+    shown = ax.imshow(mean, cmap="viridis", vmin=0, vmax=max(mean.max().max(), .1), aspect="auto")
     ax.set(xticks=range(mean.shape[1]), xticklabels=[f"{v:g}" for v in mean.columns], xlabel="edge threshold",
            yticks=range(mean.shape[0]), yticklabels=[f"{v:g}" for v in mean.index], ylabel="vertex threshold")
     for (r, c), v in np.ndenumerate(mean.to_numpy()):
