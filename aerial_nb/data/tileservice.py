@@ -28,6 +28,7 @@ import numpy as np
 import requests
 from affine import Affine
 from tqdm.auto import tqdm
+from urllib3.exceptions import HTTPError
 
 from .download import PASSING, Line, Remote, _Again, _retry_after
 from .overpass import Box
@@ -158,7 +159,7 @@ class _Gate:
 def _body(response, fetch: Fetching) -> bytes:
     "What a server sends, within bounds."
     start, parts, size = time.monotonic(), [], 0
-    for part in response.iter_content(1 << 14):
+    while part := response.raw.read1(1 << 14, decode_content=True):     # what has come, however little
         parts.append(part); size += len(part)
         if size > 1 << 24: raise _Again("more than 16 MB for one tile")
         if time.monotonic() - start > fetch.longest_s: raise _Again(f"a tile took more than {fetch.longest_s:g} s")
@@ -181,7 +182,7 @@ def _ask(session, service: Service, tile, fetch: Fetching, gate: _Gate) -> bytes
                                 "allow this; read them")
             if code >= 400: raise DataError(f"{what}: refused ({code}): {service.hide(_body(response, fetch)[:120].decode('utf-8', 'replace'))}")
             return _body(response, fetch)
-    except requests.exceptions.RequestException as error:
+    except (requests.exceptions.RequestException, HTTPError) as error:
         lost = type(error) is requests.exceptions.ConnectionError
         raise _Again(f"{service.host} {'cannot be reached, or dropped the line (is this machine online?)' if lost else type(error).__name__}") from None
 
