@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # %% ../../nbs/scenes/scale.ipynb #532ae72a
 SAME = 0.02     # pixel sizes that differ by less are one
-FARTHEST = 8    # times; more is a wrong unit rather than another camera
+FARTHEST = 20   # times, a drone against a satellite; more is a wrong unit rather than another camera
 
 def _metres(value) -> float | None:
     "A pixel size, None where it is unknown."
