@@ -126,7 +126,8 @@ def _check_values(info, card: ModelCard, image, sample: np.ndarray | None) -> No
     "Refuse numbers of another kind than those the model was normalised with."
     if np.dtype(info.dtype).kind == "c": raise DataError(f"{image}: complex numbers ({info.dtype}); pass amplitudes instead")
     if not card.mean: logger.warning("the model's card has no normalisation: the network sees the values of the file"); return
-    reach, said = max(m + 2 * s for m, s in zip(card.mean, card.std)), f"mean {max(card.mean):.4g}, spread {max(card.std):.4g}"
+    spread = [127.5 if s == 255 else s for s in card.std]     # bytes divided by 255, as graph models do
+    reach, said = max(m + 2 * s for m, s in zip(card.mean, spread)), f"mean {max(card.mean):.4g}, spread {max(card.std):.4g}"
     expected = "bytes" if 2 < reach <= 600 else "values of 0 to 1" if reach <= 2 else "16 bit"
     fits = dict(uint8=2 < reach <= 600, uint16=reach > 2, int16=reach > 2).get(info.dtype, True)
     found = f"values of type {info.dtype}"
