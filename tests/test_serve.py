@@ -22,6 +22,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
+import shapely
 import torch
 from PIL import Image
 from pyproj import Transformer
@@ -37,9 +38,12 @@ from fastapi.testclient import TestClient
 
 from aerial_nb.data.raster import DataError, read_pixels
 from aerial_nb.models.zoo import build
+from aerial_nb.roads.graph import RoadGraph
+from aerial_nb.roads.gte import encode
 from aerial_nb.scenes import serve, servepage
 from aerial_nb.scenes.answers import OPTIONS, Job, choose, read_options, serve_models
 from aerial_nb.scenes.eyes import Eye, Look
+from aerial_nb.scenes.graphmap import predict_graph
 from aerial_nb.scenes.rasters import predict_raster
 from aerial_nb.scenes.serve import make_app
 from aerial_nb.scenes.upload import Limits, Refused, accept, driver_of, without_paths
@@ -164,6 +168,19 @@ def test_a_full_queue_says_when_to_come_back(saved):
                     if a.status_code != 503: return a.status_code
                     time.sleep(.02)
             assert set(many.map(patient, bodies[:12])) == {200}
+
+
+def test_a_network_is_entered_by_one_request_at_a_time():
+    inside, most, calls = [], [], []
+    def careful(pixels, valid):
+        inside.append(1); most.append(len(inside)); time.sleep(.01); inside.pop(); calls.append(1)
+        return bright(pixels, valid)
+    made = []
+    both = [Eye(name, ModelCard("none", classes=("background", "building"), **CARD), "1", lambda device: made.append(1) or careful) for name in "ab"]
+    with running(make_app(both, Limits(queue=32, workers=4))) as url, ThreadPoolExecutor(12) as many:
+        asked = [(f"{url}/predict?output=mask&model={'ab'[k % 2]}", tif(noise(k))) for k in range(12)]
+        assert {a.status_code for a in many.map(lambda x: httpx.post(x[0], content=x[1], timeout=60), asked)} == {200}
+    assert max(most) == 1 and len(calls) == 12 and len(made) == 2   # and its weights are read once
 
 
 # ---------------------------------------------------------------- over the wire
@@ -442,6 +459,61 @@ def test_a_preview_shows_what_a_browser_cannot(client):
     assert shown.size == (1280, 46) and answer.headers["aerial-width"] == "1400" and np.asarray(shown)[..., :3].std() > 20
     assert client.post("/preview?output=mask", content=deep).status_code == 422
     assert client.post("/preview", content=VRT).status_code == 415
+
+
+# ---------------------------------------------------------------- road graphs
+
+GRAPH = dict(graph=dict(thr=.1, edge_thr=.1, snap_px=15., angle_weight=100., channels=28))
+
+
+def streets():
+    "Two crossing roads, a network that knows them by place, and the image that says each pixel's place."
+    graph = RoadGraph([(20, 96), (96, 90), (170, 100), (90, 20), (100, 170)], [(0, 1), (1, 2), (3, 1), (1, 4)]).densify(20., gsd_m=1.)
+    tensor = encode(graph, (192, 192), road=True)
+    def known(pixels, valid): return np.stack([tensor[:, p[0].clip(0, 191), p[1].clip(0, 191)] for p in pixels.astype(int)])
+    image = np.stack([*np.mgrid[:192, :192], np.full((192, 192), 9)]).astype("uint8")
+    return graph, known, image
+
+
+def test_a_graph_model_gives_a_road_graph(tmp_path):
+    graph, known, image = streets()
+    model = eye("streets", known, ("road",), threshold=None, extra=GRAPH)
+    with TestClient(make_app([model, eye()])) as c:
+        about = c.get("/models").json()["models"][0]
+        assert about["outputs"] == ["graph"] and about["graph"]["thr"] == .1
+        here = c.post("/predict?coordinates=pixels", content=tif(image))
+        assert here.status_code == 200, here.text
+        found = shapely.union_all([shapely.geometry.shape(s["geometry"]) for s in here.json()["shapes"]])
+        truth = shapely.union_all(shapely.linestrings(graph.nodes[graph.edges]))
+        assert shapely.hausdorff_distance(found, truth, .1) < 3 and found.length == pytest.approx(truth.length, rel=.03)
+        assert all(.5 < s["properties"]["confidence"] <= 1 for s in here.json()["shapes"])
+        there = c.post("/predict", content=tif(image))
+        assert there.headers["content-type"] == "application/geo+json" and there.headers["aerial-thr"] == "0.1"
+        assert sum(f["properties"]["length_m"] for f in there.json()["features"]) == pytest.approx(truth.length, rel=.03)
+        plain = c.post("/predict?gsd_m=1", content=picture(image))
+        assert plain.json()["crs"] == "pixels" and plain.json()["count"] == len(there.json()["features"])
+        (tmp_path / "a.gpkg").write_bytes(c.post("/predict?format=geopackage", content=tif(image)).content)
+        assert len(gpd.read_file(tmp_path / "a.gpkg", layer="nodes")) == 5
+        changed = c.post("/predict?v_thr=.2&e_thr=.3&snap_px=10&angle_weight=50", content=tif(image))
+        assert (changed.headers["aerial-thr"], changed.headers["aerial-edge-thr"]) == ("0.2", "0.3")
+        for given, text in (("threshold=.5", "roads, buildings"), ("output=roads", "gives graph, not roads"), ("thr=1", "between 0 and 1")):
+            no = c.post(f"/predict?{given}", content=tif(image))
+            assert no.status_code == 422 and text in no.json()["error"]
+        assert c.post("/predict", content=tif(image[:2])).status_code == 422
+        assert c.post("/predict?model=bright&output=mask", content=tif(image)).status_code == 200
+
+
+def test_a_saved_graph_model_answers_as_the_command_does(tmp_path):
+    torch.manual_seed(0)
+    save_model(tmp_path / "graphs", build("sat2graph", bands=3, width=1, residual_steps=8), "sat2graph", dict(bands=3, width=1, residual_steps=8),
+               stats=((127.5,) * 3, (255.,) * 3), gsd_m=1., data="elsewhere", classes=("road",), extra=GRAPH | dict(size=64))
+    (tmp_path / "a.tif").write_bytes(tif(noise()))
+    expected = predict_graph(tmp_path / "a.tif", str(tmp_path / "graphs"), progress=False)
+    with TestClient(make_app([tmp_path / "graphs"])) as c:
+        answer = c.post("/predict?output=graph", content=(tmp_path / "a.tif").read_bytes())
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["features"]) == len(expected)
+        assert len(expected) and sum(f["properties"]["length_m"] for f in answer.json()["features"]) == pytest.approx(expected.lines.length_m.sum(), rel=1e-6)
 
 
 # ---------------------------------------------------------------- facts, doors

@@ -22,7 +22,7 @@ import shapely
 from fastcore.basics import patch
 
 from ..data.raster import DataError, open_raster
-from .eyes import Eye, Look, open_eyes
+from .eyes import GRAPH_MODELS, Eye, Look, open_eyes
 from .polygons import How, polygonise
 from .probmap import open_map
 from .rasters import predict_raster
@@ -109,7 +109,8 @@ class Served:
     "A model that answers requests."
     def __init__(self, eye: Eye, device: str = "cpu", lock=None): # one lock for all models of a device
         self.eye, self.device, self.lock, self.network = eye, device, lock or threading.Lock(), None
-        self.name, self.card, self.is_graph = eye.name, eye.card, bool(eye.card.extra.get("graph"))
+        self.name, self.card = eye.name, eye.card
+        self.is_graph = bool(eye.card.extra.get("graph")) or eye.card.builder in GRAPH_MODELS
 
     @property
     def outputs(self) -> tuple: # the first is meant where nothing is asked for
@@ -120,8 +121,13 @@ class Served:
     def load(self): # what the model is called with
         "Read the weights, once."
         with self.lock:
-            if self.network is None: self.network = self.eye.make(self.device)
+            if self.network is None: self.network = self._maker()(self.device)
         return self.network
+
+    def _maker(self):
+        if not self.is_graph or not hasattr(self.eye.make, "folder"): return self.eye.make
+        from aerial_nb.scenes.graphmap import open_graph_model
+        return open_graph_model(self.eye.make.folder).make   # graph-tensors instead of masks
 
     def eye_for(self, job: Job) -> Eye:
         "The model for one job: it stops when the job does."
@@ -143,7 +149,7 @@ def about(self: Served) -> dict: # plain values
     scores = {k: v for k, v in card.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     return dict(name=self.name, outputs=list(self.outputs), classes=list(self.eye.classes), bands=card.bands, gsd_m=card.gsd_m,
                 threshold=card.threshold, data=Path(card.data).name if card.data else None, metrics=scores, builder=card.builder,
-                graph={k: v for k, v in card.extra["graph"].items() if isinstance(v, (int, float))} if self.is_graph else None)
+                graph={k: v for k, v in (card.extra.get("graph") or {}).items() if isinstance(v, (int, float))} if self.is_graph else None)
 
 def serve_models(
     models: list, # names as of `open_eyes`, or eyes
@@ -273,8 +279,15 @@ def mask_answer(served: Served, upload: Upload, options: dict, gsd_m: float | No
 # %% ../../nbs/scenes/answers.ipynb #41a57be9
 def graph_answer(served: Served, upload: Upload, options: dict, gsd_m: float | None, job: Job) -> Answer:
     "A road graph."
-    raise Refused(501, f"model {served.name} predicts road graphs, which this service cannot decode yet: use a mask model")
+    from aerial_nb.scenes.graphmap import predict_graph
+    look = Look(gsd="match" if served.card.gsd_m else "native", data_gsd_m=gsd_m or 0.)
+    rules = {k: options[k] for k in ("thr", "edge_thr", "snap_px", "angle_weight") if k in options}
+    made = predict_graph(upload.path, served.eye_for(job), look, None, served.device, 1, False, **rules)
+    job.check()
+    layers = dict(roads=made.lines) | (dict(nodes=made.nodes) if options["format"] == "geopackage" else {})
+    return as_answer(layers, upload, options, **{k: getattr(made.rules, k) for k in ("thr", "edge_thr")})
 
+# %% ../../nbs/scenes/answers.ipynb #31964fba
 def predict_answer(
     file: Path,     # as it came; its folder is used for work
     name: str,      # of the image, for messages

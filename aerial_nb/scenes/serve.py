@@ -1,4 +1,4 @@
-"""`aerial_serve MODEL` answers images with roads, buildings and masks, loses no request, and says no in numbers that programs understand.
+"""`aerial_serve MODEL` answers images with roads, buildings, masks and road graphs, loses no request, and says no in numbers that programs understand.
 
 A small HTTP service on FastAPI and uvicorn: a bounded queue, a time limit, a graceful stop; `aerial_serve` on the command line."""
 
