@@ -66,7 +66,7 @@ def test_the_network_is_given_the_image_alone_and_every_weight_a_gradient(store,
     assert seen == [[1, 2, []]]
 
 
-@pytest.mark.parametrize("amp", ["", "bf16"])
+@pytest.mark.parametrize("amp", ["", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_killed_training_goes_on_as_if_it_had_not_been(store, tmp_path, amp):
     class Kill(Callback):
         order = 90
@@ -101,9 +101,9 @@ def test_means_weigh_batches_by_their_crops(tmp_path):
 
 
 def test_a_tiny_network_learns_where_vertices_are(store, tmp_path):
-    train_graph("sat2graph", dict(width=2), loaders(store, 20), graph_recipe(5, lr=3e-3), folder := Folder(tmp_path), quiet=True)
+    train_graph("sat2graph", dict(width=2), loaders(store, 20), graph_recipe(3, lr=3e-3), folder := Folder(tmp_path), quiet=True)
     h = folder.history
-    assert h.vertex.iloc[-1] < .3 * h.vertex.iloc[0] and h.valid_vertex.iloc[-1] < .5 * h.valid_vertex.iloc[0]
+    assert h.vertex.iloc[-1] < .5 * h.vertex.iloc[0] and h.valid_vertex.iloc[-1] < .7 * h.valid_vertex.iloc[0]
 
 
 def test_settled_norms_make_evaluation_what_training_saw(store, tmp_path):

@@ -27,7 +27,7 @@ def whole(folder, **params) -> tuple[dict, RunFolder]:
 
 
 def test_a_split_reads_its_test_tiles_once(tmp_path):
-    space, run = whole(tmp_path, protocol="split", limit=5)
+    space, run = whole(tmp_path, protocol="split", limit=3)
     assert run.status == "finished" and run.metrics["protocol"] == "split" and not run.metrics["is_result"]    # drawn towns
     (arm,) = run.arms.values()
     assert {"model.safetensors", "model.json", "history.csv", "search.csv", "scores.csv", "predictions"} <= {p.name for p in arm.path.iterdir()}
