@@ -154,6 +154,12 @@ def test_fclass_of_geofabrik(tmp_path):
     assert keep_roads(found, Keeping(tunnels=False))[1].tolist() == ["", "no road for cars", "tunnel"]
 
 
+def test_several_values_of_osmnx():
+    lines = gpd.GeoDataFrame(dict(highway=["['footway', 'path']", "['path', 'service']", ["steps", "primary"], "track"]), crs="EPSG:32633",
+                             geometry=[shapely.LineString([(0, i), (90, i)]) for i in range(4)])
+    assert road_lines(lines).highway.tolist() == ["footway", "service", "primary", "track"]
+
+
 def test_points_and_areas_are_left_out_or_refused(tmp_path, caplog):
     mixed = gpd.GeoDataFrame(geometry=[shapely.LineString([(0, 0), (50, 0)]), shapely.Point(1, 1), shapely.box(0, 0, 9, 9)], crs="EPSG:32633")
     with caplog.at_level(logging.WARNING):
@@ -380,11 +386,11 @@ def test_no_server_no_osmnx_and_a_country(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    pytest.importorskip("osmnx")
     start = time.monotonic()
-    if __import__("importlib.util").util.find_spec("osmnx"):
-        with pytest.raises(DataError, match="cannot be reached"):
-            overpass_lines(PLACE, Overpass(f"http://127.0.0.1:{port}", timeout_s=1, line=Line(attempts=1), cache=tmp_path))
-    assert time.monotonic() - start < 10
+    with pytest.raises(DataError, match="cannot be reached"):
+        overpass_lines(PLACE, Overpass(f"http://127.0.0.1:{port}", timeout_s=1, line=Line(attempts=1), cache=tmp_path))
+    assert time.monotonic() - start < 40      # not the minute that osmnx waits
     with pytest.raises(DataError, match="use an extract"):
         overpass_lines("5,47,15,55")
     monkeypatch.setitem(sys.modules, "osmnx", None)

@@ -268,6 +268,7 @@ def _listed(path: Path, files: list[Path]) -> dict: # name of the image -> scene
     if odd: raise DataError(f"{path}: {len(odd)} images are only in the list, or only in images/: {', '.join(odd[:5])}; make both agree, or delete the list")
     return said
 
+# %% ../../nbs/data/graphtiles.ipynb #a9f63bc0
 def graph_samples(
     data: str | Path = "synthetic", # "synthetic", or a folder
     synthetic: dict | None = None,  # of drawn scenes: n, size, seed, gsd_m

@@ -73,11 +73,18 @@ def keep_roads(
 # %% ../../nbs/data/osm.ipynb #0a8f4e76
 _PAIR = re.compile(r'"((?:[^"\\]|\\.)*)"\s*=>\s*"((?:[^"\\]|\\.)*)"')
 
+def _one_value(value):
+    "One value of several, as osmnx keeps them for streets it has joined: the first that is a road, if any is."
+    if not (isinstance(value, (list, tuple)) or isinstance(value, str) and value.startswith("[")): return value
+    several = re.findall(r"[\w:]+", value) if isinstance(value, str) else [str(v) for v in value]
+    return next((v for v in several if v not in NO_ROADS), several[0] if several else None)
+
 def _with_tags(lines: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
-    "Columns of TAGS from the column of other tags, and from Geofabrik's names."
+    "Columns of TAGS from the column of other tags, and from the names of Geofabrik and osmnx."
     if "highway" not in lines and "fclass" in lines:
         logger.info("no column highway: its values are taken from fclass, as Geofabrik names it")
         lines = lines.assign(highway=lines["fclass"].replace(r"^track_grade\d$", "track", regex=True))
+    if "highway" in lines: lines = lines.assign(highway=lines["highway"].map(_one_value))
     if "other_tags" not in lines: return lines
     said = [dict(_PAIR.findall(t)) if isinstance(t, str) else {} for t in lines["other_tags"]]
     return lines.assign(**{t: [s.get(t) for s in said] for t in TAGS if t not in lines})
@@ -278,6 +285,7 @@ def aerial_roads2graph(
 ): # exit code: 0 done, 2 refused, 130 interrupted
     "Lines of OpenStreetMap, or any others, as a road graph."
     logging.basicConfig(level=logging.INFO, format="aerial_roads2graph: %(message)s")
+    logging.getLogger("pyogrio").setLevel(logging.WARNING)
     try:
         check_graph_output(out, bool(overwrite))
         keep = Keeping(bool(service), not no_tunnels, tuple(h.strip() for h in highway.split(",") if h.strip()))

@@ -165,6 +165,7 @@ def aerial_roadset(
 ): # exit code: 0 done, 2 refused or some places failed, 130 interrupted
     "A data set of images and road graphs of places of your own."
     logging.basicConfig(level=logging.INFO, format="aerial_roadset: %(message)s")
+    logging.getLogger("pyogrio").setLevel(logging.WARNING)
     try:
         places = _told_places(boxes, images, side_m, gsd_m)
         found = open_service(service, url, key_env, attribution) if service or url else None

@@ -235,6 +235,7 @@ def _session(service: Service, fetch: Fetching):
         chatty.removeFilter(hider)
         if not fetch.keep: shutil.rmtree(home, ignore_errors=True)
 
+# %% ../../nbs/data/tileservice.ipynb #7f7b53c7
 @dataclass(frozen=True)
 class Tiles:
     "Tiles put together, in EPSG:3857."
@@ -267,6 +268,7 @@ def fetch_tiles(
         except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
     return _together(tiles, found, service)
 
+# %% ../../nbs/data/tileservice.ipynb #d7a3b9c3
 def _together(tiles, found, service: Service) -> Tiles:
     "One picture of all tiles."
     pictures = [p for p, _ in found]
