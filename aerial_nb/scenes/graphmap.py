@@ -323,10 +323,7 @@ def write_roadgraph(
     bare = RoadGraph(made.pixels.nodes, made.graph.edges)
     with atomic(out) as part:
         if kind == ".json": Path(part).write_text(json.dumps([bare.nodes[:, ::-1].tolist(), bare.edges.tolist()]))
-        else:
-            draft = Path(part).with_suffix(".p")
-            try: write_graph(bare, draft); draft.replace(part)
-            finally: draft.unlink(missing_ok=True)
+        else: write_graph(bare, part)
     return out
 
 # %% ../../nbs/scenes/graphmap.ipynb #98e93c04
