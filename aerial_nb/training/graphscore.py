@@ -168,7 +168,7 @@ def plot_search(
     ax.set(xticks=range(mean.shape[1]), xticklabels=[f"{v:g}" for v in mean.columns], xlabel="edge threshold",
            yticks=range(mean.shape[0]), yticklabels=[f"{v:g}" for v in mean.index], ylabel="vertex threshold")
     for (r, c), v in np.ndenumerate(mean.to_numpy()):
-        if np.isfinite(v): ax.text(c, r, f"{v:.2f}", ha="center", va="center", fontsize=8, color="black" if v > .6 * np.nanmax(mean) else "white")
+        if np.isfinite(v): ax.text(c, r, f"{v:.2f}", ha="center", va="center", fontsize=8, color="black" if v > .6 * shown.get_clim()[1] else "white")
     if best["thr"] in mean.index and best["edge_thr"] in mean.columns:
         ax.plot(mean.columns.get_loc(best["edge_thr"]), mean.index.get_loc(best["thr"]), "s", ms=24, mec="#D55E00", mfc="none", mew=2)
     ax.set_title(f"{name.replace('_', ' ')}, chosen: {best['thr']:g} and {best['edge_thr']:g}", fontsize=9)
