@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -36,6 +37,7 @@ import httpx
 import uvicorn
 from fastapi.testclient import TestClient
 
+from aerial_nb.data.loaders import Stats
 from aerial_nb.data.raster import DataError, read_pixels
 from aerial_nb.models.zoo import build
 from aerial_nb.roads.graph import RoadGraph
@@ -43,7 +45,7 @@ from aerial_nb.roads.gte import encode
 from aerial_nb.scenes import serve, servepage
 from aerial_nb.scenes.answers import OPTIONS, Job, choose, read_options, serve_models
 from aerial_nb.scenes.eyes import Eye, Look
-from aerial_nb.scenes.graphmap import predict_graph
+from aerial_nb.scenes.graphwindows import graph_predictor
 from aerial_nb.scenes.rasters import predict_raster
 from aerial_nb.scenes.serve import make_app
 from aerial_nb.scenes.upload import Limits, Refused, accept, driver_of, without_paths
@@ -305,8 +307,8 @@ def test_comments_that_unpack_to_gigabytes_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GTiff"])
-def test_whatever_is_broken_it_is_an_image_or_refused(kind, tmp_path):
-    logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+def test_whatever_is_broken_it_is_an_image_or_refused(kind, tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL, "rasterio")
     good = tif(noise(shape=(24, 24)), compress="deflate") if kind == "GTiff" else picture(noise(shape=(24, 24)), kind)
     dice, ends = np.random.default_rng(0), []
     for k in range(150):
@@ -503,17 +505,20 @@ def test_a_graph_model_gives_a_road_graph(tmp_path):
         assert c.post("/predict?model=bright&output=mask", content=tif(image)).status_code == 200
 
 
-def test_a_saved_graph_model_answers_as_the_command_does(tmp_path):
+def test_a_saved_graph_model_is_read_as_one(tmp_path):
     torch.manual_seed(0)
-    save_model(tmp_path / "graphs", build("sat2graph", bands=3, width=1, residual_steps=8), "sat2graph", dict(bands=3, width=1, residual_steps=8),
-               stats=((127.5,) * 3, (255.,) * 3), gsd_m=1., data="elsewhere", classes=("road",), extra=GRAPH | dict(size=64))
-    (tmp_path / "a.tif").write_bytes(tif(noise()))
-    expected = predict_graph(tmp_path / "a.tif", str(tmp_path / "graphs"), progress=False)
-    with TestClient(make_app([tmp_path / "graphs"])) as c:
-        answer = c.post("/predict?output=graph", content=(tmp_path / "a.tif").read_bytes())
-        assert answer.status_code == 200, answer.text
-        assert len(answer.json()["features"]) == len(expected)
-        assert len(expected) and sum(f["properties"]["length_m"] for f in answer.json()["features"]) == pytest.approx(expected.lines.length_m.sum(), rel=1e-6)
+    sizes = dict(bands=3, width=1, residual_steps=8)
+    network = build("sat2graph", **sizes).eval()
+    save_model(tmp_path / "graphs", network, "sat2graph", sizes, stats=((127.5,) * 3, (255.,) * 3), gsd_m=1., data="elsewhere", classes=("road",),
+               extra=GRAPH | dict(size=64))
+    app = make_app([tmp_path / "graphs"])
+    seen = noise()[None], np.ones((1, 64, 64), bool)
+    expected = graph_predictor(network, Stats((127.5,) * 3, (255.,) * 3))(*seen)
+    assert expected.shape == (1, 28, 64, 64)
+    with TestClient(app) as c:
+        assert np.allclose(app.state.desk.models["graphs"].load()(*seen), expected, atol=1e-6)
+        answer = c.post("/predict", content=tif(noise()))
+        assert answer.status_code == 200 and answer.headers["aerial-output"] == "graph", answer.text
 
 
 # ---------------------------------------------------------------- facts, doors
@@ -562,11 +567,16 @@ def test_impossible_limits(wrong):
 # ---------------------------------------------------------------- the command
 
 def command(monkeypatch, *words):
+    "The command in this process; what it sets for the whole of it is put back."
     monkeypatch.setattr(sys, "argv", ["aerial_serve", *map(str, words)])
-    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(serve.os, "_exit", lambda code: pytest.fail("left without ending"))
+    before = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGINT)}
+    levels = {name: logging.getLogger(name).level for name in ("aerial_nb", "rasterio", "pyogrio", serve.logger.name)}
     try:
         with pytest.raises(SystemExit) as stop: serve.aerial_serve()
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        for sig, handler in before.items(): signal.signal(sig, handler)
+        for name, level in levels.items(): logging.getLogger(name).setLevel(level)
     return stop.value.code
 
 
@@ -593,6 +603,39 @@ def test_another_host_is_said_aloud(monkeypatch, caplog, saved):
     assert seen[1][0].user_middleware[0].kwargs["hosts"] == ()
 
 
+def until(what, seconds=10.):
+    "Wait for something to be true."
+    for _ in range(int(seconds / .01)):
+        try:
+            if found := what(): return found
+        except httpx.TransportError: pass
+        time.sleep(.01)
+    raise AssertionError("waited too long")
+
+
+def test_a_signal_lets_what_is_inside_finish(monkeypatch, caplog, saved, tmp_path):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ends = {}
+    def caller():
+        url = until(lambda: re.search(r"http://127.0.0.1:\d+", caplog.text)).group()
+        until(lambda: httpx.get(f"{url}/health").json()["ready"])
+        with ThreadPoolExecutor(1) as one:
+            answer = one.submit(httpx.post, f"{url}/predict?output=mask", content=tif(noise(shape=(320, 320))), timeout=60)
+            until(lambda: httpx.get(f"{url}/health").json()["inside"])
+            os.kill(os.getpid(), signal.SIGTERM)   # the server's handlers are there: it is ready
+            ends["answer"] = answer.result().status_code
+        try: ends["after"] = httpx.get(f"{url}/health", timeout=5).status_code
+        except httpx.TransportError: ends["after"] = "refused"
+    thread = threading.Thread(target=caller)
+    thread.start()
+    code = command(monkeypatch, saved, "--port", 0, "--device", "cpu")
+    thread.join(30)
+    assert (code, ends) == (0, dict(answer=200, after="refused"))
+    assert "1 requests are inside" in caplog.text and "aerial_serve_" not in " ".join(p.name for p in tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_told_to_stop_it_finishes_and_leaves_nothing(saved, tmp_path):
     code = "from aerial_nb.scenes.serve import aerial_serve; aerial_serve()"
     process = subprocess.Popen([sys.executable, "-c", code, str(saved), "--port", "0", "--device", "cpu"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
