@@ -202,7 +202,7 @@ def aerial_predict(
     try:
         logging.getLogger("rasterio").setLevel(logging.CRITICAL)   # what GDAL says comes back in our own words
         look = Look(size, overlap, margin, batch, bool(turns), gsd, data_gsd_m, _colour(fill), dtype)
-        made = predict_raster(image, model, out, look, str(pick_device(device)), workers, bool(overwrite), backend=backend)
+        made = predict_raster(image, model, out, look, _device(device), workers, bool(overwrite), backend=backend)
     except DataError as error: logger.error("%s", error); raise SystemExit(2) from None
     except DiskFull as error: logger.error("%s", error); raise SystemExit(3) from None
     except OSError as error: logger.error("%s", error); raise SystemExit(2) from None
