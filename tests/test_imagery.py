@@ -372,6 +372,19 @@ def test_boxes_become_samples_that_a_store_reads(tmp_path):
         assert tile.graph.length == pytest.approx(cols, rel=.45) and abs(tile.graph.nodes[:, 1].mean() - rows / 2) < 5
 
 
+def test_roads_of_openstreetmap_are_asked_for_each_place_and_said_to_be_theirs(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("aerial_nb.data.osm.overpass_lines", lambda box, server: asked.append(box) or streets(*APART))
+    with tiles(tmp_path) as (_, service, fetch):
+        for _ in range(2):
+            make_dataset(APART[:2], tmp_path / "set", "overpass", service, Making(fetch=fetch), progress=False)
+        make_dataset(APART[2:], tmp_path / "set", streets(*APART), replace(service, attribution="© others"), Making(fetch=fetch), progress=False)
+    assert len(asked) == 2 and all(a.west <= b.west and a.east >= b.east for a, b in zip(asked, APART))
+    said = (tmp_path / "set/ATTRIBUTION.md").read_text()
+    assert "OpenStreetMap" in said and "© them" in said and "© others" in said
+    assert len(graph_samples(tmp_path / "set")) == 3
+
+
 def test_failed_places_are_named_and_the_others_kept(tmp_path):
     with tiles(tmp_path) as (_, service, fetch):
         with pytest.raises(DataError, match="1 of 3 places failed(.|\n)*no roads here"):

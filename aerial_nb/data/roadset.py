@@ -118,10 +118,12 @@ def make_dataset(
     return _split(out, how)
 
 def _say_whose(out: Path, service, osm: bool) -> None:
-    "A note about whose data these are; it also marks the folder as ours."
-    said = [f"Images: {service.attribution} ({service.host})" + (f", terms: {service.terms}" if service.terms else "")] if service else []
-    said += [f"Roads: {ATTRIBUTION}"] if osm else []
-    write_bytes(out / "ATTRIBUTION.md", ("# Whose data these are\n\n" + "\n".join(f"- {s}" for s in said) + "\n").encode())
+    "A note about whose data these are, and those of earlier calls; it also marks the folder as ours."
+    said = [f"- Images: {service.attribution} ({service.host})" + (f", terms: {service.terms}" if service.terms else "")] if service else []
+    said += [f"- Roads: {ATTRIBUTION}"] if osm else []
+    file = out / "ATTRIBUTION.md"
+    before = [s for s in file.read_text(encoding="utf-8").splitlines() if s.startswith("- ")] if file.is_file() else []
+    write_bytes(file, ("# Whose data these are\n\n" + "\n".join(dict.fromkeys(before + said)) + "\n").encode())
 
 def _split(out: Path, how: Making) -> pd.DataFrame:
     "Write samples.csv: whole places in train, valid and test."
