@@ -91,11 +91,11 @@ class Halve(Callback):
         accum: int = 1, # batches per step
     ): self.every, self.accum = every, accum
 
-    def before_fit(self): self.rates = [h["lr"] for h in self.opt.hypers]
+    def before_fit(self): self.full_rates = [h["lr"] for h in self.opt.hypers]
 
     def before_batch(self):
         done = (self.epoch * len(self.dls.train) + self.iter) // self.accum
-        self.opt.set_hyper("lr", [rate * .5 ** (done // self.every) for rate in self.rates])
+        self.opt.set_hyper("lr", [rate * .5 ** (done // self.every) for rate in self.full_rates])
 
 # %% ../../nbs/training/control.ipynb #3ba8351d
 class StopEarly(Callback):

@@ -58,7 +58,7 @@ def show_channels(
     window = (..., slice(top, top + part), slice(left, left + part))
     rows = [("truth", _planes(truth[window]))] + ([] if predicted is None else [("predicted", _planes(predicted[window]))])
     names = list(rows[-1][1])
-    fig, axes = plt.subplots(len(rows), 1 + len(names), figsize=(1.22 * (1 + len(names)), 1.3 * len(rows) + .15), dpi=72, squeeze=False,
+    fig, axes = plt.subplots(len(rows), 1 + len(names), figsize=(1.1 * (1 + len(names)), 1.18 * len(rows) + .15), dpi=72, squeeze=False,
                              layout="constrained")
     for line, (label, planes) in zip(axes, rows, strict=True):
         line[0].imshow(picture[window[1:]]); line[0].set_ylabel(label, fontsize=8)
