@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,10 +135,11 @@ def test_every_command_is_there_and_has_help(tmp_path):
     where = {name: shutil.which(name, path=Path(sys.executable).parent) for name in scripts}
     assert all(where.values()), f"not installed: {[name for name in where if not where[name]]}; run uv sync"
     # as programs and in an empty folder: nbdev's commands, called as functions, ignore --help and do their work
-    asked = {name: subprocess.Popen([path, "--help"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-             for name, path in where.items()}
-    said = {name: (process.communicate(timeout=60)[0], process.returncode) for name, process in asked.items()}
-    for name, (text, code) in said.items(): assert code == 0 and text.startswith("usage"), f"{name}: {text[:300]}"
+    def ask(name):
+        done = subprocess.run([where[name], "--help"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+        return name, done.stdout, done.returncode
+    with ThreadPoolExecutor(2) as pool:   # all at once would share two cores, and each would take its time
+        for name, text, code in pool.map(ask, scripts): assert code == 0 and text.startswith("usage"), f"{name}: {text[:300]}"
     assert not list(tmp_path.iterdir())
 
 

@@ -24,7 +24,7 @@ from ..data.raster import DataError
 from ..data.vectors import read_layer
 from ..report.figures import FALSE_POSITIVE, MISS, TRUE_POSITIVE
 from .pictures import (Frame, Small, check_place, heat_png, image_bytes, on_frame, native_side, shares_png,
-                                       shrink_image, shrink_rows)
+                                       shrink_rows)
 from .probmap import check_threshold, open_map
 
 # %% ../../nbs/scenes/layers.ipynb #ecfbcc82
