@@ -77,7 +77,7 @@ def show_roads(
     ax: plt.Axes | None = None, # a new figure by default
 ) -> plt.Axes:
     "Decoded roads over their image, by what TOPO makes of them."
-    ax = plt.subplots(figsize=(3.2, 3.4), dpi=72, layout="constrained")[1] if ax is None else ax
+    ax = plt.subplots(figsize=(2.8, 3.), dpi=72, layout="constrained")[1] if ax is None else ax
     rows, cols = judged.shape
     step = max(1, max(rows, cols) // 700)
     grey = to_picture(judged.pixels[:, ::step, ::step]).mean(2) * .7 + 60
