@@ -493,3 +493,11 @@ def test_a_real_tile_without_a_place_with_a_soft_prediction():
     soft = open_map(folder / "predictions/val01.jpg", threshold=.5, scale=1 / 255)
     found = scene_map(folder / "images/val01.jpg", folder / "masks/val01.png", soft, look=MapLook(side=750))
     assert found.layers.name.tolist()[-1] == "errors" and not found.frame.on_earth and isinstance(found.frame, Frame)
+
+
+def test_lines_without_a_crs_are_pixels_on_a_picture_without_a_place():
+    import geopandas as gpd
+    import shapely
+    picture = Pixels(np.full((3, 40, 60), 90, np.uint8), np.ones((40, 60), bool), None, None)
+    table = gpd.GeoDataFrame(dict(length_px=[30.]), geometry=[shapely.LineString([(5, 5), (35, 5)])])
+    assert scene_map(picture, vectors={"roads": table}).layers.set_index("name").loc["roads", "features"] == 1

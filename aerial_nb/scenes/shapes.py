@@ -27,8 +27,8 @@ from .pictures import WEB, Frame
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/scenes/shapes.ipynb #f15fdfdd
-def _as_table(source, name: str) -> gpd.GeoDataFrame: # CRS set
-    "Any kind of layer as a table."
+def _as_table(source, name: str, pixels: bool) -> gpd.GeoDataFrame: # CRS set
+    "Any kind of layer as a table; without a CRS it is in pixels where the map is."
     if hasattr(source, "lines") and isinstance(source.lines, gpd.GeoDataFrame): source = source.lines
     if hasattr(source, "to_geodataframe"):
         table = source.to_geodataframe(merge=True).drop(columns="length")
@@ -36,9 +36,11 @@ def _as_table(source, name: str) -> gpd.GeoDataFrame: # CRS set
     if isinstance(source, gpd.GeoSeries): source = gpd.GeoDataFrame(geometry=source)
     if not isinstance(source, (str, Path, gpd.GeoDataFrame)):
         raise DataError(f"layer '{name}': {type(source).__name__} is no layer; give a file, a GeoDataFrame or a RoadGraph")
+    bare = isinstance(source, gpd.GeoDataFrame) and source.crs is None
+    if bare and pixels: return source.set_crs(PIXELS)
     try: return read_layer(source)
     except DataError as error:
-        if isinstance(source, gpd.GeoDataFrame) and source.crs is None:
+        if bare:
             raise DataError(f"layer '{name}': {error}; for a table, table.set_crs(...)") from None
         raise DataError(f"layer '{name}': {error}") from None
 
@@ -68,7 +70,7 @@ def place_layer(
     name: str = "layer",
 ) -> gpd.GeoDataFrame: # what touches the frame, in EPSG:3857 (PIXELS, rows upwards, in pixel space); raises DataError
     "A layer on the plane of a map."
-    table = _as_table(source, name)
+    table = _as_table(source, name, not frame.on_earth)
     if (shapely.get_type_id(table.geometry) == 7).any(): table = table.explode(ignore_index=True)
     geoms, all_rows = _to_plane(table, frame, name), len(table)
     bounds = shapely.bounds(geoms)
