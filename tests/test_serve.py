@@ -703,6 +703,8 @@ def test_the_page_shows_an_answer_over_the_picture(tmp_path):
         expected = httpx.post(f"{url}/predict?gsd_m=1", content=httpx.get(f"{url}/demo.png").content, timeout=60).json()["count"]
         page = browse(f"{url}/?demo=1", "--dump-dom", f"--screenshot={tmp_path / 'shot.png'}")
         if not (tmp_path / "shot.png").exists(): browse(f"{url}/?demo=1", f"--screenshot={tmp_path / 'shot.png'}")
+        wrong = browse(f"{url}/?demo=1&model=none&output=mask", "--dump-dom")
+    assert 'data-state="error"' in wrong and re.search(r'class="bad">[^<]*no probabilities[^<]*\(422\)<', wrong)   # errors are shown, in words
     assert 'data-state="done"' in page and f"{expected} buildings" in page and expected > 0
     assert page.count('class="area"') == expected
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).astype(int)

@@ -175,7 +175,7 @@ async def _respond(desk: Desk, request, work):
     from starlette.requests import ClientDisconnect
     from starlette.responses import Response
     began, path = time.monotonic(), request.url.path
-    def tell(status, what): logger.info("%s %s %s, %.2f s", path, status, what, time.monotonic() - began)
+    def tell(status, what): logger.info("%s %s %s, %.2f s", path, status, " ".join(what.split()), time.monotonic() - began)
     try: found = await desk.answer(request, work)
     except Refused as no: tell(no.status, str(no)); raise
     except ClientDisconnect: tell(499, "the caller has gone"); return Response(status_code=499)   # nobody hears it

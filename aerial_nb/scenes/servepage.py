@@ -65,7 +65,7 @@ BODY = """
 # %% ../../nbs/scenes/servepage.ipynb #3abe64dc
 ASK_JS = """
 const $ = id => document.getElementById(id), make = (tag, text) => Object.assign(document.createElement(tag), {textContent: text || ""});
-let models = [], options = [], formats = {}, image = null, name = "";
+let models = [], options = [], formats = {}, image = null, name = "", drawn = false;
 function state(word, text) {
   document.body.dataset.state = word;
   $("said").textContent = text || ""; $("said").className = word == "error" ? "bad" : "";
@@ -115,8 +115,10 @@ async function start() {
   fill($("model"), models.map(m => m.name)); showOutputs();
   $("about").textContent = models.length + (models.length > 1 ? " models" : " model") + " on " + said.device;
   state("idle", "");
-  if (new URLSearchParams(location.search).get("demo")) { const o = new URLSearchParams(location.search).get("output");
-    if (o && chosen().outputs.includes(o)) { $("output").value = o; showOptions(); } await demo(); }
+  const asked = new URLSearchParams(location.search), model = asked.get("model"), output = asked.get("output");
+  if (models.some(m => m.name == model)) { $("model").value = model; showOutputs(); }
+  if (chosen().outputs.includes(output)) { $("output").value = output; showOptions(); }
+  if (asked.get("demo")) await demo();
 }
 """
 
@@ -164,7 +166,8 @@ async function take(blob, called, gsd) {
   await new Promise((done, failed) => { $("picture").onload = done; $("picture").onerror = () => failed(new Error("the preview cannot be shown")); $("picture").src = URL.createObjectURL(shown); });
   $("view").style.setProperty("--shape", width / height); $("stage").className = "full"; image = blob; name = called;
   const box = document.querySelector("input[name=gsd_m]");
-  if (gsd && box) box.value = gsd;
+  if (box && (gsd || drawn)) box.value = gsd || "";   // the size of the drawn scene is not that of the next image
+  drawn = !!gsd;
   state("idle", `${called}: ${width} x ${height} pixels`);
   await predict();
 }
