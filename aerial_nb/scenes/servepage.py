@@ -103,9 +103,9 @@ function showOptions() {
   for (const box of $("options").querySelectorAll("input")) kept[box.name] = box.value;
   fill($("format"), formats[output]);
   $("options").replaceChildren(...options.filter(o => o.low !== null && o.outputs.includes(output)).map(o => {
-    const line = make("label", o.name), box = make("input"), own = (chosen().graph || {})[o.name] ?? (o.name == "threshold" ? chosen().threshold : o.default);
+    const own = (chosen().graph || {})[o.name] ?? (o.name == "threshold" ? chosen().threshold : o.default);
+    const usual = own ?? (o.name == "gsd_m" ? "as the image says" : "the model's own"), line = make("label", `${o.name} (${usual})`), box = make("input");
     line.title = o.help; box.name = o.name; box.inputMode = "decimal"; box.value = kept[o.name] || "";
-    box.placeholder = own ?? (o.name == "gsd_m" ? "as the image says" : "the model's own");
     line.append(box); return line;
   }));
 }
