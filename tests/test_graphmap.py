@@ -158,7 +158,7 @@ def test_invalid_pixels_hold_nothing_and_blank_windows_are_not_seen():
 def test_bad_model_functions_are_refused():
     pixels, valid = places((64, 64))
     for shape, said in (((1, 2, 128, 128), "26 or 28"), ((1, 28, 64, 64), "for 1 windows")):
-        with pytest.raises(DataError, match=said): predict_tensor(pixels, valid, lambda p, v: np.zeros(shape, np.float32), 128)
+        with pytest.raises(DataError, match=said): predict_tensor(pixels, valid, lambda p, v, s=shape: np.zeros(s, np.float32), 128)
     with pytest.raises(DataError, match="not finite"): predict_tensor(pixels, valid, lambda p, v: np.full((1, 28, *v.shape[1:]), np.nan), 128)
     for arguments, said in ((dict(blend="mean"), "blend is"), (dict(size=100), "multiple"), (dict(size=128, stride=200), "stride"), (dict(batch=0), "batch")):
         with pytest.raises(DataError, match=said): predict_tensor(pixels, valid, looked_up(np.zeros((28, 64, 64))), **arguments)

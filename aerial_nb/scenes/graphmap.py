@@ -265,7 +265,8 @@ def predict_graph(
         if "out of memory" not in str(error).lower(): raise
         raise DataError(f"{device} has no room for {look.batch} windows of {plan.seen[0]['height']} pixels: take a smaller batch, then a "
                         "smaller size") from error
-    except ValueError as error: raise error if isinstance(error, DataError) else DataError(f"{image}, model {eye.name}: {error}") from error
+    except DataError: raise
+    except ValueError as error: raise DataError(f"{image}, model {eye.name}: {error}") from error
     finally: seer.close()
     gsd_m = _scale_of(info, look, image)
     graph, sure = _placed(points, plan, info, rules, gsd_m if info.crs is None else None)
