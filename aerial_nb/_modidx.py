@@ -1672,6 +1672,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'aerial_nb/report/archive.py'),
                                           'aerial_nb.report.archive._from_graphs': ( 'report/archive.html#_from_graphs',
                                                                                      'aerial_nb/report/archive.py'),
+                                          'aerial_nb.report.archive._from_scenes': ( 'report/archive.html#_from_scenes',
+                                                                                     'aerial_nb/report/archive.py'),
                                           'aerial_nb.report.archive._images_of': ( 'report/archive.html#_images_of',
                                                                                    'aerial_nb/report/archive.py'),
                                           'aerial_nb.report.archive._mean': ('report/archive.html#_mean', 'aerial_nb/report/archive.py'),

@@ -95,7 +95,7 @@ def test_staged_chapters_have_no_directives_scripts_or_metadata(project):
             assert "nbdev_export()" not in cell.source and not cell.metadata, page.name
             for output in cell.get("outputs", []):
                 text = json.dumps(output)
-                assert "<script" not in text and "text/html" not in text and "application/" not in text, page.name
+                assert "<script" not in text and "text/html" not in text and '"application/' not in text, page.name
         assert re.match(r"# .+ \{#sec-[a-z0-9-]+\}", made.cells[0].source), page.name
 
 

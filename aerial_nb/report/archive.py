@@ -250,6 +250,12 @@ def _from_bench(entry: Entry) -> list[dict]:
     else: return _from_any(entry)
     return [row | dict(protocol="timed", data=_data(entry.params.get("data") or entry.params.get("graphs") or "made here")) for row in rows]
 
+def _from_scenes(entry: Entry) -> list[dict]:
+    "predict_scene: a row for each image that had a label."
+    rows = [dict(arm=s["image"], data=s["image"], protocol="one image") | {k: _number(s.get(k)) for k in ("iou", "f1", "precision", "recall")}
+            for s in entry.metrics.get("scores") or ()]
+    return rows or _from_any(entry)
+
 def _from_any(entry: Entry) -> list[dict]:
     "Any other experiment: its single numbers."
     return [dict(arm=entry.name) | {k: _number(v) for k, v in entry.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "wall_s"}]
@@ -283,7 +289,8 @@ def arms(self: Entry) -> pd.DataFrame: # ARM_COLUMNS, and NAME, NAME_low, NAME_h
     m = self.metrics
     if not self.finished or "compared" in m: return pd.DataFrame(columns=ARM_COLUMNS)   # a comparison has none of its own
     reader = (_from_board if isinstance(m.get("leaderboard"), list) else _from_arms if isinstance(m.get("arms"), dict) else
-              _from_bench if self.experiment.startswith("bench_") else _from_any if not isinstance(m.get("scores"), dict) else
+              _from_bench if self.experiment.startswith("bench_") else _from_scenes if self.experiment == "predict_scene" else
+              _from_any if not isinstance(m.get("scores"), dict) else
               _from_graphs if self.experiment == "score_roads" else _from_evaluation)
     try: rows = reader(self)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

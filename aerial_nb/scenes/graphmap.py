@@ -239,6 +239,27 @@ def _scale_of(info, look: Look, image) -> float:
     if not known and info.crs is None: logger.warning("%s: the pixel size is not known (data_gsd_m): lengths are in pixels", image)
     return float(known or 1.)
 
+def _mapped(graph: RoadGraph, sure: np.ndarray, info, gsd_m: float, factor: float, rules, windows: int, damaged: list) -> GraphMap:
+    placed = graph if graph.crs is None else graph.to_map()
+    length = placed.lengths * gsd_m if graph.crs is None else placed.lengths_m
+    lines, line = _lines(placed, length, sure)
+    return GraphMap(placed, lines, line, length, sure, tuple(info.shape), graph.transform, gsd_m, factor, rules, windows, damaged)
+
+def _changed(rules: GraphRules | None, changes: dict) -> GraphRules:
+    known = [f.name for f in fields(GraphRules)]
+    unknown = sorted(set(changes) - set(known))
+    if unknown: raise DataError(f"predict_graph has no rule {', '.join(unknown)}; it has {', '.join(known)}")
+    return replace(rules or GraphRules(), **changes)
+
+def _told(image, made: GraphMap, seen: int) -> GraphMap:
+    "Say what is missing."
+    if made.damaged: logger.error("%s: %d blocks could not be read and have no roads, the first at row %d, column %d", image, len(made.damaged),
+                                  *made.damaged[0][:2])
+    if not seen: logger.warning("%s has no valid pixel: no roads", image)
+    elif not len(made): logger.warning("%s: no road found; the least probability of a vertex is %g, of an edge %g", image, *made.rules.decoding[:2])
+    return made
+
+# %% ../../nbs/scenes/graphmap.ipynb #a3b4c5d6
 def predict_graph(
     image: str | Path,         # anything rasterio opens, of any size
     model,                     # of `open_graph_model`
@@ -271,26 +292,6 @@ def predict_graph(
     gsd_m = _scale_of(info, look, image)
     graph, sure = _placed(points, plan, info, rules, gsd_m if info.crs is None else None)
     return _told(image, _mapped(graph, sure, info, gsd_m, factor, rules, len(plan), damaged), seen)
-
-def _mapped(graph: RoadGraph, sure: np.ndarray, info, gsd_m: float, factor: float, rules, windows: int, damaged: list) -> GraphMap:
-    placed = graph if graph.crs is None else graph.to_map()
-    length = placed.lengths * gsd_m if graph.crs is None else placed.lengths_m
-    lines, line = _lines(placed, length, sure)
-    return GraphMap(placed, lines, line, length, sure, tuple(info.shape), graph.transform, gsd_m, factor, rules, windows, damaged)
-
-def _changed(rules: GraphRules | None, changes: dict) -> GraphRules:
-    known = [f.name for f in fields(GraphRules)]
-    unknown = sorted(set(changes) - set(known))
-    if unknown: raise DataError(f"predict_graph has no rule {', '.join(unknown)}; it has {', '.join(known)}")
-    return replace(rules or GraphRules(), **changes)
-
-def _told(image, made: GraphMap, seen: int) -> GraphMap:
-    "Say what is missing."
-    if made.damaged: logger.error("%s: %d blocks could not be read and have no roads, the first at row %d, column %d", image, len(made.damaged),
-                                  *made.damaged[0][:2])
-    if not seen: logger.warning("%s has no valid pixel: no roads", image)
-    elif not len(made): logger.warning("%s: no road found; the least probability of a vertex is %g, of an edge %g", image, *made.rules.decoding[:2])
-    return made
 
 # %% ../../nbs/scenes/graphmap.ipynb #13a81ac0
 PIXEL_KINDS = ".p", ".json"
