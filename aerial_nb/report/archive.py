@@ -243,6 +243,7 @@ def _from_bench(entry: Entry) -> list[dict]:
     m = entry.metrics
     if "step_ms" in m: rows = [dict(arm=k, ms=_number(v), ratio=_number(m.get("to_hourglass", {}).get(k))) for k, v in m["step_ms"].items()]
     elif "median" in m: rows = [dict(arm=k, ms=_number(v.get("ms")), ratio=_number(v.get("ratio"))) for k, v in m["median"].items()]
+    elif "to_ours" in m: rows = [dict(arm=f"{r['way']}, {r['side']} px", per_s=_number(r.get("mpx_per_s")), ratio=_number(r.get("to_ours"))) for r in m["rows"]]
     elif "rows" in m: rows = [dict(arm=", ".join(str(r[k]) for k in ("model", "preset", "loop") if k in r) + (f", {r['workers']} workers" if r.get("workers") else ""),
                                    per_s=_number(r.get("per_s")), ratio=_number(r.get("ratio"))) for r in m["rows"]]
     elif "crops_per_s" in m: rows = [dict(arm=f"{kind}, {way}", per_s=_number(v), ratio=_number(v) / _number(ways.get("whole tile")))
