@@ -217,7 +217,7 @@ def test_a_published_tile_in_pieces():
 
 
 def test_sure_is_of_the_scene_not_of_a_part():
-    "A weak stub in a weak quarter stays or goes by the surest roads of the whole scene."
+    "A weak spur in a weak quarter stays or goes by the surest roads of the whole scene."
     graph = RoadGraph([(100, 100), (140, 100), (180, 100), (220, 100), (140, 130)], [(0, 1), (1, 2), (2, 3), (1, 4)])
     strong, weak = np.array([1., 1., 1., 1.]), np.array([1., 1., 1., .3])
     assert len(refined(graph, strong, 50., 50.)[0]) == 4 and len(refined(graph, weak, 50., 50.)[0]) == 3
