@@ -23,7 +23,7 @@ from ..commands import command
 from ..data.raster import DataError
 from ..roads.files import write_graph
 from ..roads.graph import RoadGraph
-from .centrelines import _drawing
+from .centrelines import _drawing, chain_lines
 from .eyes import Eye, Look, check_fit, open_eyes
 from .graphparts import answered, connect_parts, evidence_of, gathered, nodes_in, panels, refined, strip_vertices
 from .graphwindows import PAD, GraphWindows, cut, graph_windows
@@ -156,19 +156,9 @@ class GraphMap:
         return gpd.GeoDataFrame({"node": ends, "degree": degree[ends]}, geometry=list(shapely.points(self.graph.nodes[ends])), crs=self.graph.crs)
 
 def _lines(graph: RoadGraph, length: np.ndarray, confidence: np.ndarray):
-    "A GeoDataFrame with a line per chain, and the line of each edge."
-    import geopandas as gpd
-    import shapely
-    chains, (count, part) = graph.chains(), graph.parts()
-    of = np.repeat(np.arange(len(chains)), np.diff(chains.offsets))
-    geometry = shapely.linestrings(graph.nodes[chains.nodes], indices=of) if len(chains) else []
-    line = chains.of_edge if len(chains) else np.zeros(0, np.int64)
-    total = np.bincount(line, length, len(chains))
-    mean = np.bincount(line, length * confidence, len(chains)) / np.maximum(total, 1e-12)
-    rank = np.empty(count, np.int64)
-    rank[np.argsort(-np.bincount(part[chains.first], total, count), kind="stable")] = np.arange(count)
-    columns = dict(length_m=total, confidence=mean.clip(0, 1), component=rank[part[chains.first]])
-    return gpd.GeoDataFrame(columns, geometry=geometry, crs=graph.crs), line
+    "Lines with their mean confidence, and the line of each edge."
+    def sure(line, total): return dict(confidence=(np.bincount(line, length * confidence, len(total)) / np.maximum(total, 1e-12)).clip(0, 1))
+    return chain_lines(graph, length, sure)
 
 # %% ../../nbs/scenes/graphmap.ipynb #95300572
 @patch
