@@ -48,7 +48,7 @@ from aerial_nb.scenes.eyes import Eye, Look
 from aerial_nb.scenes.graphwindows import graph_predictor
 from aerial_nb.scenes.rasters import predict_raster
 from aerial_nb.scenes.serve import make_app
-from aerial_nb.scenes.upload import Limits, Refused, accept, driver_of, without_paths
+from aerial_nb.scenes.upload import Limits, Refused, _unpacked_size, accept, driver_of, without_paths
 from aerial_nb.training.saved import ModelCard, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -278,6 +278,32 @@ BAD = {
     "no place": (picture(noise()), 422, "give gsd_m"),
     "a thousandth of the size": (tif(noise(), transform=from_origin(5e5, 5e6, 1e-3, 1e-3)), 422, "eight times apart"),
 }
+
+
+def interlaced(pixels):
+    "A PNG of (h, w) bytes in the seven passes of Adam7."
+    passes = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)
+    rows = b"".join(b"\0" + bytes(row) for x, y, dx, dy in passes for row in pixels[y::dy, x::dx] if len(row))
+    high, wide = pixels.shape
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", wide, high, 8, 0, 0, 0, 1)) +
+            chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")), len(rows)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (5, 3), (64, 37), (3, 70)])
+def test_rows_of_an_interlaced_png_are_counted(tmp_path, shape):
+    pixels = np.random.default_rng(3).integers(0, 256, shape, np.uint8)
+    content, size = interlaced(pixels)
+    assert _unpacked_size(content[16:29]) == size and (shape != (8, 8) or size == 79)
+    (tmp_path / "a.png").write_bytes(content)
+    with rasterio.open(accept(tmp_path / "a.png", Limits()).path) as d: assert np.array_equal(d.read(1), pixels)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_pngs_of_every_kind_have_all_their_rows(tmp_path, mode):
+    noisy = Image.fromarray(np.random.default_rng(4).integers(0, 256, (33, 41, 4), np.uint8), "RGBA")
+    made = Image.fromarray(np.arange(33 * 41, dtype=np.uint16).reshape(33, 41)) if mode == "I;16" else noisy.convert("RGB").convert(mode)
+    made.save(tmp_path / "a.png")
+    assert accept(tmp_path / "a.png", Limits()).info.shape == (33, 41)
 
 
 @pytest.mark.parametrize("what", BAD)

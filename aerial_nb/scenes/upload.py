@@ -10,9 +10,11 @@ __all__ = ['Limits', 'Refused', 'driver_of', 'counted', 'receive', 'opened', 'wi
 # %% ../../nbs/scenes/upload.ipynb #ca1cbfd4
 import asyncio
 import re
+import struct
 import threading
 import warnings
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -166,18 +168,44 @@ def check_header(
         raise Refused(422, f"{name}: {found} bands, and the model was trained on {bands or 'few'}: send those bands, in their order")
 
 # %% ../../nbs/scenes/upload.ipynb #d0221be2
+def _chunks(data: memoryview) -> Iterator[tuple]: # kind, start, end; of a PNG that `_check_png` passed
+    pos = 8
+    while pos + 12 <= len(data):
+        end = pos + 12 + int.from_bytes(data[pos:pos + 4], "big")
+        yield bytes(data[pos + 4:pos + 8]), pos, end
+        pos = end
+
 def _only_picture(file: Path, name: str) -> None:
     "Check a PNG's chunks, and leave out those that are no picture. Raises Refused."
     try: _check_png(file)
     except DataError as error: raise Refused(422, without_paths(str(error).split(";")[0], file, name) + "; send it again") from None
-    data, pos, kept = memoryview(file.read_bytes()), 8, [_PNG]
-    while pos + 12 <= len(data):
-        end = pos + 12 + int.from_bytes(data[pos:pos + 4], "big")
-        if bytes(data[pos + 4:pos + 8]) in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"): kept.append(data[pos:end])
-        pos = end
-    clean = b"".join(kept)
+    data = memoryview(file.read_bytes())
+    kept = [data[a:b] for kind, a, b in _chunks(data) if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")]
+    clean = b"".join([_PNG, *kept])
     del data, kept
     file.write_bytes(clean)
+
+_ADAM7 = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)  # x, y, and steps of each pass
+
+def _unpacked_size(header: bytes) -> int: # bytes
+    "What the rows of a PNG are once unpacked, by its IHDR (PNG specification, 7.2 and 8.2)."
+    wide, high, depth, colour, _, _, laced = struct.unpack(">IIBBBBB", header)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
+    passes = _ADAM7 if laced else ((0, 0, 1, 1),)
+    sides = [(-(-(wide - x) // dx), -(-(high - y) // dy)) for x, y, dx, dy in passes]
+    return sum(h * (1 + -(-w * bits // 8)) for w, h in sides if w > 0 and h > 0)
+
+def _check_rows(file: Path, name: str) -> None:
+    "GDAL fills the missing rows of a PNG with whatever its memory held. Raises Refused."
+    data, unpack = memoryview(file.read_bytes()), zlib.decompressobj()
+    want, seen = _unpacked_size(bytes(data[16:29])), 0
+    try:
+        for kind, start, end in _chunks(data):
+            part = data[start + 8:end - 4] if kind == b"IDAT" else b""
+            while len(part) and seen < want and not unpack.eof:
+                seen, part = seen + len(unpack.decompress(part, 1 << 20)), unpack.unconsumed_tail
+    except zlib.error as error: raise Refused(422, f"{name}: a corrupt PNG file ({error}); send it again") from None
+    if seen < want: raise Refused(422, f"{name}: a truncated or corrupt PNG file, {seen:,} of {want:,} bytes of its rows are there; send it again")
 
 def _write_clean(d, out: Path) -> None:
     "Pixels, valid mask and place, strip by strip."
@@ -218,6 +246,7 @@ def accept(
     clean = file.with_name("clean.tif")
     with opened(file, driver, name) as d:
         check_header(d, limits, bands, name)
+        if driver == "PNG": _check_rows(file, name)
         _write_clean(d, clean)
     file.unlink()
     try: return Upload(clean, name, raster_info(clean))

@@ -2,7 +2,6 @@
 import numpy as np
 import rasterio.features
 import shapely
-from scipy.spatial import cKDTree
 
 import aerial_nb.roads.clean  # noqa: F401  gives graphs densify and chains
 from aerial_nb.roads.graph import RoadGraph
@@ -50,5 +49,7 @@ def loops(graph: RoadGraph) -> int:
 
 def apart(a: RoadGraph, b: RoadGraph) -> np.ndarray:
     "Distance from every pixel of road of each graph to the other graph, in pixels."
-    one, two = (RoadGraph(g.nodes, g.edges).densify(1., gsd_m=1.).nodes for g in (a, b))
-    return np.concatenate([cKDTree(two).query(one)[0], cKDTree(one).query(two)[0]])
+    def away(graph, other):
+        at, lines = shapely.points(RoadGraph(graph.nodes, graph.edges).densify(1., gsd_m=1.).nodes), shapely.linestrings(other.nodes[other.edges])
+        return shapely.distance(at, lines[shapely.STRtree(lines).nearest(at)])
+    return np.concatenate([away(a, b), away(b, a)])
