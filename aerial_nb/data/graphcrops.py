@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from .graphtiles import KINDS, GraphStore
-from .loaders import _SAFE, CropLoader, Stats, channel_stats
+from .loaders import CropLoader, PlannedCrops, Stats, channel_stats
 from .presets import Augment, Moves, Preset, Step, _toned
 from .raster import DataError
 from .warp import Layers, Move, cut
@@ -122,7 +121,7 @@ TURNED = Moves(p=4 / 6, rotate_deg=180)
 SAT2GRAPH = Preset("SAT2GRAPH", TURNED, (Step("colour", 1., published_colour, photo=False), Step("erasing", 50 / 101, erasing, photo=False)))
 
 # %% ../../nbs/data/graphcrops.ipynb #ed52af90
-class GraphCrops(Dataset):
+class GraphCrops(PlannedCrops):
     "Crops of tiles with road graphs by a plan; see `batch`."
     n_inp = 1   # of a batch, what the network is given; the rest is for the loss
     def __init__(self,
@@ -133,18 +132,9 @@ class GraphCrops(Dataset):
         road: bool = True, # two more channels
         published: bool = False, # the tensor as the authors draw it
     ): # raises DataError
-        self.graphs, self.store, self.size, self.augment, self.road, self.published = store, store.tiles, size, augment, road, published
+        super().__init__(store.tiles, plan, size, augment)
+        self.graphs, self.road, self.published = store, road, published
         if augment and augment.preset.moves.bend: raise ValueError(f"preset {augment.preset.name} bends, and a graph does not: take another")
-        self.draw, self.plan, self.epoch = (plan, plan(0), 0) if callable(plan) else (None, plan, 0)
-        if self.plan is None or not len(self.plan): raise DataError("the plan holds no crop")
-        self.dtype = np.dtype(_SAFE.get(str(self.store.dtype), self.store.dtype))
-
-    def set_epoch(self, epoch: int) -> None:
-        "Draw the plan of this epoch; a plan given as an array stays, and is augmented anew."
-        self.epoch = epoch
-        if self.draw: self.plan = self.draw(epoch)
-
-    def __len__(self) -> int: return len(self.plan)
 
     def __getitem__(self, i: int) -> tuple:
         image, tensor, valid, _ = self.batch([i])
