@@ -96,7 +96,7 @@ def _map_of(folder: Folder, name: str) -> Path:
 def read_map(folder: Folder, name: str) -> np.ndarray: # (h, w) float32 in steps of 1/254, NaN where invalid
     "The probabilities of an image that was evaluated into this folder."
     got = read_pixels(_map_of(folder, name))
-    return np.where(got.valid, got.data[0] / np.float32(LEVELS), np.float32(np.nan))
+    return np.where(got.valid, got.data.max(0) / np.float32(LEVELS), np.float32(np.nan))   # a border is part of its building
 
 def _predicted(folder: Folder, judged: Judged, predict, card: ModelCard, factor: float) -> np.ndarray:
     "Predict an image into the folder, or read what is there."

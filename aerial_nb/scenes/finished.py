@@ -51,10 +51,9 @@ def _of_roofs(params: dict, data: str) -> Iterator[pd.DataFrame]:
     yield roof_samples(data, int(params.get("centre", 1024)), valid, test, synthetic=dict(n=int(params.get("limit") or 15), size=256))
 
 def _of_buildings(params: dict, data: str) -> Iterator[pd.DataFrame]:
-    from aerial_nb.data.spacenet7 import first_months, open_buildings, three_parts
+    from aerial_nb.data.spacenet7 import DRAWN, first_months, open_buildings, three_parts
     months = [int(m) for m in str(params.get("months") or 1).split(",")]
-    drawn = dict(scenes=10, named=3, size=80)
-    samples = open_buildings(data, months=max(months), shrink=int(params.get("shrink") or 1), synthetic=drawn)
+    samples = open_buildings(data, months=max(months), shrink=int(params.get("shrink") or 1), synthetic=DRAWN.get(data))
     whole = three_parts(samples, params.get("nine", "valid"), float(params.get("share", .2)), params.get("split_by", "scene"))
     for n in months: yield first_months(whole, n)
 
