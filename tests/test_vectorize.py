@@ -146,7 +146,10 @@ def test_the_command_makes_buildings(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("words, said", [
     (["--threshold", 7], "lies in 0..1"), (["--threshold", 0], "lies in 0..1"), (["--split", "border"], "a band named border"),
     (["--split", "magic"], "split is one of"), (["--what", "trees"], "buildings, roads or auto"), (["--min_area_m2", -1], "0 or more"),
-    (["--band", "roof"], "no band 'roof'"), (["--regularise", "--simplify_m", 1], "choose one")], ids=str)
+    (["--band", "roof"], "no band 'roof'"), (["--regularise", "--simplify_m", 1], "choose one"),
+    (["--gap_m", 0], "--gap_m is for roads"), (["--low", .2, "--prune_m", 5], "--low and --prune_m are for roads"), (["--gsd_m", 1], "--gsd_m is for roads"),
+    (["--what", "roads", "--split", "watershed", "--gap_m", 5], "--split is for buildings"), (["--what", "roads", "--regularise"], "--regularise is for buildings"),
+    (["--what", "roads", "--gap_m", -1], "gap_m is 0 or more"), (["--what", "roads", "--low", .9], "low=0.9 and threshold=0.5")], ids=str)
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch, caplog, words, said):
     assert call(monkeypatch, building_map(tmp_path / "m.tif"), tmp_path / "b.gpkg", *words) == 2
     assert said in caplog.text and not (tmp_path / "b.gpkg").exists() and "Traceback" not in caplog.text
@@ -199,3 +202,37 @@ def test_the_command_makes_roads(tmp_path, monkeypatch):
     roads, nodes = (gpd.read_file(tmp_path / "r.gpkg", layer=name) for name in ("roads", "nodes"))
     assert len(roads) == 4 and sorted(nodes.degree) == [1, 1, 1, 1, 4] and roads.length_m.sum() == pytest.approx(230, rel=.1)
     assert call(monkeypatch, path, tmp_path / "r.geojson") == 0 and len(gpd.read_file(tmp_path / "r.geojson")) == 4
+
+
+def street_map(path):
+    "A long road with a gap of 12 m and a dead end of 15 m, a road of 40 m by itself, and one that is unsure from the middle on; pixels of 0.5 m."
+    probs = np.zeros((240, 400))
+    probs[40:50] = 1; probs[40:50, 180:204] = 0          # the gap
+    probs[50:80, 300:310] = 1                             # the dead end
+    probs[110:120, 20:100] = 1                            # alone
+    probs[180:190, :200] = 1; probs[180:190, 200:] = .3   # unsure
+    write_raster(path, np.rint(probs * 254).astype("uint8"), nodata=255, **UTM)
+    with rasterio.open(path, "r+") as d: d.scales, d.descriptions = (1 / 254,), ("road",); d.update_tags(AERIAL_THRESHOLD=.5)
+    return path
+
+
+@pytest.mark.parametrize("words, rules", [
+    ([], {}), (["--gap_m", 5], dict(gap_m=5)), (["--prune-m", 30], dict(prune_m=30)), (["--min_length_m", 50], dict(min_length_m=50)),
+    (["--low", .2], dict(low=.2)), (["--min-area-m2", 500], dict(min_area_m2=500)), (["--simplify_m", 3], dict(simplify_m=3)), (["--gap_m", 0], dict(gap_m=0))], ids=str)
+def test_road_rules_from_the_command_line(tmp_path, monkeypatch, words, rules):
+    from aerial_nb.scenes.centrelines import map_roads
+    path = street_map(tmp_path / "m.tif")
+    assert call(monkeypatch, path, tmp_path / "r.gpkg", *words) == 0
+    found, want = gpd.read_file(tmp_path / "r.gpkg", layer="roads"), map_roads(path, **rules).lines
+    assert len(found) == len(want) and shapely.equals_exact(found.geometry.to_numpy(), want.geometry.to_numpy(), 1e-6).all()
+    usual, total = map_roads(path).lines, found.length_m.sum()
+    if words and words[0] == "--low": assert total > usual.length_m.sum() + 80
+    elif words and words[0] != "--simplify_m": assert total < usual.length_m.sum() - 8, "each of these rules takes something away here"
+
+
+def test_a_named_class_of_roads(tmp_path, monkeypatch, caplog):
+    path = building_map(tmp_path / "m.tif", ("road", "track"))
+    with rasterio.open(path, "r+") as d: d.write(np.zeros((60, 80), "uint8"), 1); d.write(np.pad(np.full((8, 80), 254, "uint8"), ((26, 26), (0, 0))), 2)
+    assert call(monkeypatch, path, tmp_path / "a.gpkg", "--what", "roads") == 0 and len(gpd.read_file(tmp_path / "a.gpkg", layer="roads")) == 0
+    assert call(monkeypatch, path, tmp_path / "b.gpkg", "--band", "track") == 0 and len(gpd.read_file(tmp_path / "b.gpkg", layer="roads")) == 1
+    assert call(monkeypatch, path, tmp_path / "c.gpkg", "--band", "path") == 2 and "no band 'path'" in caplog.text
