@@ -1,5 +1,6 @@
 "Road graphs of whole scenes: in parts as in one piece, right at the borders, measured in metres."
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +355,17 @@ def test_no_roads_are_an_empty_graph_in_its_place(tmp_path, caplog):
     assert (len(found), len(found.graph.nodes), found.graph.crs, found.lines.crs) == (0, 0, UTM, UTM)
     assert {"length_m", "width_m", "mean_prob", "component"} < set(found.lines.columns)
     assert "no piece of road reaches the threshold of 0.5" in caplog.text and "0.00 km" in found._repr_html_()
+    assert "scale-bar" not in found._repr_html_()
+
+
+@pytest.mark.parametrize("place", [True, False], ids=["on the ground", "bare pixels"])
+def test_the_drawing_has_a_scale(tmp_path, place):
+    probs = np.zeros((300, 300)); probs[145:155] = 1; probs[:, 145:155] = 1   # 300 m on 210 pixels
+    path = write(tmp_path, probs) if place else write_raster(tmp_path / "bare.tif", (probs * 255).astype("uint8"))
+    html = map_roads(path, .5, gsd_m=None if place else 1.)._repr_html_()
+    said = re.search(r'class="scale-bar".*?v4h([\d.]+)v-4.*?>(\d+) m</text>', html)
+    metres = 1 if not place else open_map(path, .5).gsd_m
+    assert float(said[1]) == pytest.approx(float(said[2]) * 210 / (300 * metres), rel=.03)
 
 
 def test_a_map_without_data_says_so(tmp_path, caplog):

@@ -1,4 +1,7 @@
 "Behaviour of road graphs: validation, spaces, lines, files."
+import re
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 import shapely
@@ -6,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.transform import from_origin
 
-from aerial_nb.roads.graph import RoadGraph
+from aerial_nb.roads.graph import RoadGraph, svg_scale_bar
 
 calm = settings(deadline=None, max_examples=40)    # the first call imports geopandas
 UTM = from_origin(500_000, 5_000_000, 0.5, 0.5)
@@ -151,3 +154,34 @@ def test_a_map_graph_is_not_drawn_over_pixels():
     g = RoadGraph([(0, 0), (1, 1)], [(0, 1)], "EPSG:32633")
     with pytest.raises(ValueError, match="to_pixels"):
         g.plot(image=np.zeros((3, 8, 8), np.uint8))
+
+
+def bar_of(html):
+    "Metres that a scale bar says, and its length in pixels of the drawing; None where there is none."
+    found = re.search(r'class="scale-bar".*?v4h([\d.]+)v-4.*?>([\d.]+) (k?m)</text>', html)
+    return found and (float(found[2]) * (1000 if found[3] == "km" else 1), float(found[1]))
+
+
+@given(st.floats(1e-4, 1e5), st.integers(60, 600))
+def test_a_scale_bar_is_round_and_fits(m_per_px, width):
+    drawn = svg_scale_bar(m_per_px, width, 150)
+    ElementTree.fromstring(drawn)
+    metres, long = bar_of(drawn)
+    assert f"{metres:.0e}"[0] in "125" and float(f"{metres:.0e}") == pytest.approx(metres)
+    assert .15 * width < long < .4 * width and long * m_per_px == pytest.approx(metres, rel=.01, abs=.06 * m_per_px)
+
+
+@pytest.mark.parametrize("size", [0, -1., np.nan, np.inf])
+def test_no_scale_no_bar(size): assert svg_scale_bar(size, 150, 150) == ""
+
+
+def test_a_drawing_says_how_large_things_are():
+    nodes, edges = [(0, 0), (1000, 0), (1000, 800)], [(0, 1), (1, 2)]
+    placed = RoadGraph(nodes, edges, "EPSG:32633", from_origin(5e5, 5e6, .5, .5))
+    north = placed.to_map()
+    for graph in (placed, north, north.to_crs("EPSG:4326"), north.to_crs("EPSG:3857")):   # 500 m on 140 pixels
+        metres, long = bar_of(graph._repr_html_())
+        assert metres == 100 and long == pytest.approx(28, abs=.3), graph.crs
+    assert north.to_crs("EPSG:3857").m_across() == pytest.approx(np.cos(np.radians(45.15)), abs=.005)
+    assert bar_of(RoadGraph(nodes, edges)._repr_html_()) is None and np.isnan(RoadGraph(nodes, edges).m_across())
+    for empty in (RoadGraph([], [], "EPSG:32633"), RoadGraph([(5, 5)], [], "EPSG:32633")): assert bar_of(empty._repr_html_()) is None

@@ -17,8 +17,8 @@ from aerial_nb.data.covering import balanced_weights, class_shares, covering_loa
 from aerial_nb.data.masks import read_class_map
 from aerial_nb.data.raster import DataError, raster_info, read_pixels, write_raster
 from aerial_nb.data.readers import SPACENET7_VALID, spacenet7
-from aerial_nb.data.spacenet7 import (PIXEL, built_ground, burned, first_months, month_view, open_buildings, polygon_folder, scene_corner, scene_name,
-                                      shrunk, three_parts, write_spacenet7)
+from aerial_nb.data.spacenet7 import (PIXEL, bordered, built_ground, burned, first_months, month_view, open_buildings, polygon_folder, scene_corner, scene_name,
+                                      shrunk, three_parts, write_spacenet7, write_towns)
 from aerial_nb.data.tiles import TileStore
 
 OAM = Path(__file__).parents[1] / "../shared/data/roofs/oam_1024"
@@ -220,3 +220,52 @@ def test_one_class_cannot_be_weighed():
     assert balanced_weights(pd.DataFrame(dict(counted=[100], positive=[25]))) == (.25, .75)
     for positive in (0, 100):
         with pytest.raises(DataError, match="nothing to learn"): balanced_weights(pd.DataFrame(dict(counted=[100], positive=[positive])))
+
+
+# ---- borders
+
+def two_by_two(folder, gap_m=0.):
+    "Four scenes of 60 px at half a metre: a pair of houses with a gap or a shared wall, and one alone."
+    for k in range(4):
+        grid = dict(crs="EPSG:32633", transform=rasterio.transform.from_origin(5e5, 5e6, .5, .5))
+        (folder / "images").mkdir(parents=True, exist_ok=True); (folder / "labels").mkdir(exist_ok=True)
+        write_raster(folder / f"images/s{k}.tif", np.random.default_rng(k).integers(1, 255, (3, 60, 60), dtype="uint8"), **grid)
+        boxes = [shapely.box(5, 5, 10, 15), shapely.box(10 + gap_m, 5, 16, 15), shapely.box(20, 20, 25, 25)]
+        shapes = [shapely.transform(b, lambda xy: np.stack([5e5 + xy[:, 0], 5e6 - xy[:, 1]], 1)) for b in boxes]
+        gpd.GeoDataFrame(geometry=shapes, crs="EPSG:32633").to_crs("EPSG:4326").to_file(folder / f"labels/s{k}.geojson")
+    return open_buildings(folder, cache=folder / "cache").assign(split=["train", "train", "valid", "test"])
+
+
+@pytest.mark.parametrize("gap_m", [0., 1.])
+def test_a_border_lies_between_buildings_and_hides_none(tmp_path, gap_m):
+    plain = two_by_two(tmp_path, gap_m)
+    walls = bordered(plain, 2.)
+    assert walls.split.tolist() == ["train", "train", "valid"] and walls.image.tolist() == plain.image.tolist()[:3]
+    whole, learned = read_class_map(plain.label[0]), read_class_map(walls.label[0])
+    assert set(np.unique(whole)) == {0, 1} and set(np.unique(learned)) == {0, 1, 2}
+    rows, cols = np.nonzero(learned == 2)
+    assert 8 <= rows.min() and rows.max() < 32 and 18 <= cols.min() and cols.max() < 24   # within a metre of the wall, or of the gap
+    assert (learned[learned != 2] == whole[learned != 2]).all()
+    assert (read_pixels(walls.objects[0]).data == read_pixels(plain.objects[0]).data).all()
+    assert (learned[40:50, 40:50] == 1).all(), "a house alone has none"
+
+
+def test_borders_that_cannot_be_are_refused(tmp_path):
+    plain = two_by_two(tmp_path, 1.)
+    with pytest.raises(DataError, match="no pixel of the training labels lies in a border of 0.01 m.*0.5 m"): bordered(plain, .01)
+    with pytest.raises(DataError, match="width in metres above 0"): bordered(plain, 0)
+    with pytest.raises(DataError, match="labels of this data set are masks"): bordered(plain.drop(columns="polygons"), 2.)
+
+
+def test_towns_have_shared_walls(tmp_path, monkeypatch):
+    from aerial_nb.data import synthetic
+    folder = write_towns(tmp_path / "towns", 2, 160)
+    stamps = {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
+    assert len(stamps) == 4 and write_towns(folder, 2, 160) == folder and {f: f.stat().st_mtime_ns for f in stamps} == stamps
+    for label in folder.glob("labels/*"):
+        shapes = gpd.read_file(label).to_crs("EPSG:32631").geometry.to_numpy()
+        i, j = shapely.STRtree(shapes).query(shapes, predicate="dwithin", distance=.3)
+        assert (i < j).sum() >= 6
+    field = synthetic.scene(24, 2, kind="rural")
+    monkeypatch.setattr(synthetic, "scene", lambda *_, **__: field)
+    with pytest.raises(DataError, match="of 12 m holds 6 shared walls: draw larger ones"): write_towns(tmp_path / "tiny", 1, 24)

@@ -251,3 +251,8 @@ def test_a_scene_takes_under_two_seconds():
     start = time.process_time()
     scene(1024, 0)
     assert time.process_time() - start < 2
+
+
+def test_the_picture_has_a_scale():
+    html = scene(64, 3, .5)._repr_html_()
+    assert '<image width="220"' in html and "10 m</text>" in html and "v4h68.8v-4" in html   # 32 m on 220 pixels

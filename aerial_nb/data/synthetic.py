@@ -20,7 +20,7 @@ from .plan import FABRICS, Plan, road_plan
 from .render import render
 from .settle import settle
 from .terrain import Dice, land
-from ..roads.graph import RoadGraph
+from ..roads.graph import RoadGraph, svg_scale_bar
 
 # %% ../../nbs/data/synthetic.ipynb #43ebbf07
 logger = logging.getLogger(__name__)
@@ -192,7 +192,8 @@ def _repr_html_(self) -> str:
              "hidden": f"{self.hidden.sum() / max(roads, 1):.1%} of road pixels under crowns"}
     rows = "".join(f"<tr><td>{k}</td><td>{v}</td></tr>" for k, v in facts.items())
     return (f'<div style="display:flex;gap:1em;align-items:center">'
-            f'<img src="data:image/jpeg;base64,{_thumbnail(self.image)}">'
+            f'<svg width="220" height="220" style="flex:none"><image width="220" height="220" href="data:image/jpeg;base64,{_thumbnail(self.image)}"/>'
+            f'{svg_scale_bar(self.gsd_m * self.image.shape[2] / 220, 220, 220)}</svg>'
             f"<table><caption>Scene</caption>{rows}</table></div>")
 
 Scene._repr_html_ = _repr_html_

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..data.raster import DataError
 from ..roads.clean import RoadGraph, _simplified, _without_spurs
 from ..roads.gaps import join_gaps
+from ..roads.graph import svg_scale_bar
 from ..roads.skeleton import _across, _crossings, _half_widths, _straightened
 from ..roads.thinning import fill_holes, thin, trace
 from .joining import cores, join_parts, widened
@@ -256,7 +257,8 @@ def _drawing(self: RoadMap, size: int) -> str:
         xy = (shapely.get_coordinates(shape) - (x0, y0)) * scale + 5
         if not down: xy[:, 1] = (y1 - y0) * scale + 10 - xy[:, 1]
         paths[k].append("M" + "L".join(f"{x:g} {y:g}" for x, y in xy.round(1)))
-    return "".join(f'<path d="{"".join(p)}" stroke="{c}" fill="none" stroke-width="1.3"/>' for p, c in zip(paths, SURE) if p)
+    m = self.graph.m_across() if self.graph.crs is not None else self.lines.length_m.sum() / max(self.lines.length.sum(), 1e-12)
+    return "".join(f'<path d="{"".join(p)}" stroke="{c}" fill="none" stroke-width="1.3"/>' for p, c in zip(paths, SURE) if p) + svg_scale_bar(m / scale, size, size)
 
 @patch
 def _repr_html_(self: RoadMap) -> str:
