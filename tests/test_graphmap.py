@@ -62,7 +62,7 @@ def town(seed=0, size=384): return encode(town_graph(seed, size), (size, size), 
 def in_pieces(pixels, valid, fn, size, stride, panel_px, piece_px, blend="ramp", **rest):
     plan, look_at = graph_windows(valid.shape, size, stride, blend), lambda w: (*cut(pixels, valid, w), [])
     points = gathered(v for p in panels(plan, panel_px)
-                      for v in strip_vertices(plan, p, answered(plan, p[2], look_at, fn, 3, 2), *USUAL[:2]))
+                      for _, v in strip_vertices(plan, p, answered(plan, p[2], look_at, fn, 3, 2), *USUAL[:2]))
     return refined(*connect_parts(points, valid.shape, *USUAL, piece_px), **rest)
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'PLANES', 'PAD', 'SIDES', 'told', 'as_channels', 'GraphPredictor', 'graph_predictor', 'planes_of',
-           'GraphWindows', 'graph_windows', 'Sums', 'cut', 'predict_tensor']
+           'GraphWindows', 'graph_windows', 'Sums', 'cut', 'blended', 'predict_tensor']
 
 # %% ../../nbs/scenes/graphwindows.ipynb #4426da12
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -215,7 +215,7 @@ def cut(pixels: np.ndarray, valid: np.ndarray, window) -> tuple[np.ndarray, np.n
     out[:, *here], known[here] = pixels[:, t:b, a:z], valid[t:b, a:z]
     return out, known
 
-def _answers(plan: GraphWindows, pixels, valid, model_fn, batch: int) -> Iterator[tuple]: # window, planes (planes, h, w) of what is kept
+def _answers(plan: GraphWindows, pixels, valid, model_fn, batch: int) -> Iterator[tuple]: # window, planes (planes, h, w) and valid of what is kept
     "Windows with something to see, in reading order."
     some = [i for i, k in enumerate(plan.kept) if valid[k["row"]:k["row"] + k["height"], k["col"]:k["col"] + k["width"]].any()]
     for at in range(0, max(len(some), 1), batch):
@@ -223,7 +223,20 @@ def _answers(plan: GraphWindows, pixels, valid, model_fn, batch: int) -> Iterato
         parts, known = zip(*(cut(pixels, valid, plan.seen[i]) for i in group))
         for i, planes in zip(group, planes_of(model_fn, np.stack(parts), np.stack(known))):
             (row, col, *_), (r, c, h, w) = plan.seen[i], map(int, plan.kept[i])
-            yield i, planes[:, r - row:r - row + h, c - col:c - col + w]
+            yield i, planes[:, r - row:r - row + h, c - col:c - col + w], valid[r:r + h, c:c + w]
+
+def blended(
+    plan: GraphWindows,
+    answers: Iterable, # window, planes of what is kept of it, (h, w) bool valid of that
+) -> np.ndarray | None: # (28 or 26, rows, cols) float32; None without answers
+    "One graph-tensor of the answers for windows, in their order."
+    sums, whole = None, 1.
+    for i, planes, known in answers:
+        if sums is None: sums = Sums(len(planes), *plan.shape, planes.device, plan.start)
+        sums.add(*map(int, plan.kept[i].tolist()[:2]), planes, plan.weights(i), known)
+    if sums is None: return None
+    if plan.start: whole = (1 - plan.start / sums.weight.clamp_min(1e-9)).cpu().numpy()
+    return as_channels(sums.mean().cpu().numpy(), whole)
 
 def predict_tensor(
     pixels: np.ndarray,      # (bands, rows, cols), memory maps too
@@ -236,14 +249,8 @@ def predict_tensor(
 ) -> np.ndarray: # (28 or 26, rows, cols) float32; no vertex, no edge and no road at invalid pixels; raises DataError
     "The graph-tensor of an image of any size. Blank windows are not predicted."
     if batch < 1: raise DataError(f"batch must be 1 or more, got {batch}")
-    plan, sums = graph_windows(valid.shape, size, stride, blend), None
+    plan = graph_windows(valid.shape, size, stride, blend)
     if min(valid.shape) + 2 * PAD < (size or SIDES[blend][0]):
         logger.info("an image of %d x %d pixels is smaller than a window: seen in windows of %d x %d, grey around it", *valid.shape,
                     *plan.seen[0].tolist()[2:])
-    for i, planes in _answers(plan, pixels, valid, model_fn, batch):
-        if sums is None: sums = Sums(len(planes), *valid.shape, planes.device, plan.start)
-        row, col, h, w = map(int, plan.kept[i])
-        sums.add(row, col, planes, plan.weights(i), valid[row:row + h, col:col + w])
-    whole = 1.
-    if plan.start: whole = (1 - plan.start / sums.weight.clamp_min(1e-9)).cpu().numpy()
-    return as_channels(sums.mean().cpu().numpy(), whole)
+    return blended(plan, _answers(plan, pixels, valid, model_fn, batch))
