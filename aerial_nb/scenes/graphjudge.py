@@ -119,6 +119,9 @@ class GraphJudgement:
     @property
     def arm(self) -> str: return str(self.model.card.extra.get("arm") or self.model.card.builder)
     def called(self, way: str) -> str: return self.arm + CALLED[way] # for tables
+    def measure(self, name: str) -> str: # two definitions of APLS are two measures
+        "What a score is called in records."
+        return "apls_spacenet" if (name, self.how.apls) == ("apls", "spacenet") else name
 
     def of(self, way: str, empty: bool = False) -> pd.DataFrame:
         "The tiles in one way, the worst first; those without a true road only where asked for."
@@ -178,7 +181,7 @@ def judge_graphs(
     for way in how.ways:
         home = way_folder(folder, way)
         home.write_json("arm.json", dict(name=found.called(way), seed=int(card.extra.get("seed") or 0), numbers=numbers, windows=way))
-        with home.writing("scores.csv") as file: found.of(way).drop(columns="way").to_csv(file, index=False)
+        with home.writing("scores.csv") as file: found.of(way).drop(columns="way").rename(columns=found.measure).to_csv(file, index=False)
     return found
 
 # %% ../../nbs/scenes/graphjudge.ipynb #ad2818b8
@@ -241,14 +244,14 @@ def record(self: GraphJudgement) -> dict:
     tiles = self.of(self.how.ways[0])
     counted, times = dict(images=tiles.image.nunique(), scenes=tiles.scene.nunique(), seeds=1), self.times()
     whence = dict(model=self.model.name, trained_on=self.model.data, tested_on=self.data)
-    arms = {self.called(w): counted | {s: i.value for s, i in found.items()} | whence | dict(
-        intervals={s: told(i) for s, i in found.items()}, thresholds=[self.numbers["thr"]], numbers=[self.numbers], windows=w, times=times[w],
+    arms = {self.called(w): counted | {self.measure(s): i.value for s, i in found.items()} | whence | dict(
+        intervals={self.measure(s): told(i) for s, i in found.items()}, thresholds=[self.numbers["thr"]], numbers=[self.numbers], windows=w, times=times[w],
         cost=[self.cost]) for w, found in self.intervals().items()}
     return whence | dict(protocol=f"trained on {self.model.data}", is_result=not self.doubts, doubts=self.doubts, split=self.how.split, split_hash=self.split_hash,
                          builder=card.builder, seed=int(card.extra.get("seed") or 0), model_gsd_m=card.gsd_m, gsd_m=self.gsd_m, apls=self.how.apls,
                          factors=sorted({round(f, 4) for f in first.factor}), empty=int((first.true_m == 0).sum()), counted_in=self.counted_in,
                          seen=first.seen.replace("", "new").value_counts().to_dict(), arms=arms,
-                         differences={f"{a} minus {b}": {s: told(i) for s, i in d.items()} for (a, b), d in self.differences().items()},
+                         differences={f"{a} minus {b}": {self.measure(s): told(i) for s, i in d.items()} for (a, b), d in self.differences().items()},
                          agreement={f"{a} and {b}": v for (a, b), v in self.agreement().items()})
 
 # %% ../../nbs/scenes/graphjudge.ipynb #fda4f388
