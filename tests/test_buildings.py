@@ -5,15 +5,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aerial_nb.data.raster import DataError
-from aerial_nb.data.spacenet7 import first_months, open_buildings, three_parts
+from aerial_nb.data.spacenet7 import bordered, first_months, open_buildings, three_parts
 from aerial_nb.scenes.confusions import rank_tiles, show_tiles, tile_losses
-from aerial_nb.training.arms import Arm, predict_to, run_arm
-from aerial_nb.training.buildings import (choose_seeds, class_weights_of, covering_task, dice_of, find_rate, match_buildings, object_labels, size_intervals,
-                                          true_objects, whole_numbers, with_training)
+from aerial_nb.scenes.separate import separate
+from aerial_nb.training.arms import Arm, border_class, predict_to, read_bands, read_prediction, run_arm
+from aerial_nb.training.buildings import (border_widths, choose_seeds, class_weights_of, covering_task, dice_of, find_rate, match_buildings, object_labels, size_intervals,
+                                          true_objects, whole_numbers, with_border, with_training)
 from aerial_nb.training.learner import Recipe
 from aerial_nb.training.losses import build_loss
 from aerial_nb.training.parameters import ParameterError
@@ -39,13 +40,13 @@ def test_dice_is_the_pixel_f1():
     assert dice_of(tp / (tp + fp + fn)) == pytest.approx(2 * tp / (2 * tp + fp + fn))
 
 
-@pytest.mark.parametrize("text, says", [("0,1", "takes a class out"), ("0.25", "has 1 numbers"), ("a,b", "two numbers"), ("nan,1", "above 0"), ("-1,2", "above 0")])
+@pytest.mark.parametrize("text, says", [("0,1", "takes a class out"), ("0.25", "has 1 numbers"), ("1,2,3,4", "has 4 numbers"), ("1,2,0", "all must be above 0"), ("a,b", "two numbers"), ("nan,1", "above 0"), ("-1,2", "above 0")])
 def test_impossible_class_weights_are_refused(text, says):
     with pytest.raises(ParameterError, match=says): class_weights_of(text)
 
 
 def test_class_weights_can_balance():
-    assert class_weights_of("0.25,0.75") == (.25, .75)
+    assert class_weights_of("0.25,0.75") == (.25, .75) and class_weights_of("1,2,3") == (1, 2, 3)
     assert class_weights_of("auto", pd.DataFrame(dict(counted=[10], positive=[2]))) == (.2, .8)
     with pytest.raises(DataError, match="nothing to learn"): class_weights_of("auto", pd.DataFrame(dict(counted=[10], positive=[0])))
 
@@ -167,3 +168,89 @@ def test_tiles_are_ranked_from_both_ends_and_blank_ones_left_out():
     with pytest.raises(ValueError, match="no tile"): rank_tiles(table[:0])
     with pytest.raises(ValueError, match="differ in size"): tile_losses("a", probs[:5], target, 16)
     with pytest.raises(ValueError, match="class weights"): tile_losses("a", probs, target, 16, (0, 0))
+
+
+# ---- a border between buildings
+
+@pytest.mark.parametrize("text", ["-1", "1,1", "wide", "", "inf", "nan", True])
+def test_widths_of_borders(text):
+    assert border_widths(1.5) == (1.5,) and border_widths("0, 1.5") == (0, 1.5) and border_widths("0") == (0,)
+    with pytest.raises(ParameterError, match="border_m"): border_widths(text)
+
+
+@given(st.integers(0, 999), st.floats(.2, .8))
+@settings(deadline=None)
+def test_buildings_apart_at_a_border_are_the_polygons(seed, threshold):
+    from scipy.ndimage import gaussian_filter
+    building, border = (gaussian_filter(np.random.default_rng([seed, k]).random((24, 24)), 1.2).astype(np.float32) for k in (0, 1))
+    building, border = (((p - p.min()) / np.ptp(p)) for p in (building, border))
+    building[:2] = border[:2] = np.nan
+    got, want = object_labels(building, threshold, border=border), separate(building, threshold, "border", border)
+    assert ((got > 0) == (want > 0)).all() and len(np.unique(np.stack([got, want]).reshape(2, -1), axis=1).T) == len(np.unique(got)) == len(np.unique(want))
+    either = np.nan_to_num(np.fmax(building, border)) >= np.float32(threshold)
+    assert not (got > 0)[~either].any(), "what is scored holds every building"
+    assert (got > 0)[np.nan_to_num(building) >= np.float32(threshold)].all() and (object_labels(building, threshold, .9, border=border) == got).all()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    "Three rows of five houses that share walls, as images with polygons: every house 12 x 8 m in pixels of a metre, and a task with a border."
+    import geopandas as gpd
+    import shapely
+    from rasterio.transform import from_origin
+
+    from aerial_nb.data.raster import write_raster
+    home = tmp_path_factory.mktemp("rows")
+    (home / "images").mkdir(); (home / "labels").mkdir()
+    for k in range(5):
+        boxes = [shapely.box(4 + 8 * i, 4 + 20 * r, 12 + 8 * i, 16 + 20 * r) for r in range(3) for i in range(5)]
+        image = np.full((3, 64, 64), 60 + k, np.uint8)
+        for r in range(3):
+            for i in range(5): image[:, 4 + 20 * r:16 + 20 * r, 4 + 8 * i:12 + 8 * i] = 150
+            for i in range(1, 5): image[:, 4 + 20 * r:16 + 20 * r, 3 + 8 * i:5 + 8 * i] = 230
+        write_raster(home / f"images/row{k}{chr(97 + k)}.tif", image, "EPSG:32633", from_origin(5e5 + 1000 * k, 5e6, 1, 1))
+        shapes = [shapely.transform(b, lambda xy, west=5e5 + 1000 * k: np.stack([west + xy[:, 0], 5e6 - xy[:, 1]], 1)) for b in boxes]
+        gpd.GeoDataFrame(geometry=shapes, crs="EPSG:32633").to_crs("EPSG:4326").to_file(home / f"labels/row{k}{chr(97 + k)}.geojson")
+    samples = open_buildings(home, cache=home / "cache").assign(split=["train", "train", "valid", "test", "test"])
+    tiling = dict(n_train=8, preset=None, loading=dict(cache=home / "tiles", progress=False))
+    recipe = Recipe(12, lr=2e-2, loss="weighted_ce", class_weights=(.3, .7), amp="no", valid_every=4)
+    task = covering_task(samples, 32, 4, recipe, dict(width=8, depth=2, classes=2), tiling)
+    return samples, task, with_border(task, bordered(samples, 2.), 4, tiling)
+
+
+def test_a_task_with_a_border_is_scored_on_the_same_ground(rows):
+    _, task, walls = rows
+    assert walls.classes == ("background", "building", "border") and border_class(walls.classes) == 2 and border_class(task.classes) == 0
+    assert walls.arguments["classes"] == 3 and walls.recipe.class_weights == (.3, .7, .7) and task.recipe.class_weights == (.3, .7)
+    assert walls.choose_on is task.choose_on and walls.score_on is task.score_on and walls.split_hash == task.split_hash
+    values = [set(np.unique(t.dls.train.dataset.store.mask(0))) for t in (task, walls)]
+    assert values == [{0, 1}, {0, 1, 2}] and all((np.asarray(j.target) < 2).all() for j in walls.choose_on)
+
+
+def test_houses_of_a_row_are_counted_with_a_border_and_not_without(rows, tmp_path, monkeypatch):
+    import geopandas as gpd
+
+    from aerial_nb.scenes import rasters, vectorize
+    from aerial_nb.training.saved import load_card
+    samples, task, walls = rows
+    objects = dict(zip(samples.image, samples.objects))
+    plain, apart = (run_arm(t, Arm(name, "unet"), 0, Folder(tmp_path / f"arms/{name}"), quiet=True) for name, t in (("plain", task), ("apart", walls)))
+    seeds = {r.name: choose_seeds(r.folder, task.choose_on, objects, r.threshold) for r in (plain, apart)}
+    assert len(seeds["plain"][1]) == 5 and len(seeds["apart"][1]) == 1 and seeds["apart"][0] == 0
+    found = {r.name: match_buildings(r.folder, task.score_on, objects, r.threshold, seeds[r.name][0])[.5] for r in (plain, apart)}
+    whole = match_buildings(apart.folder, task.score_on, objects, apart.threshold, split=False)[.5]
+    assert found["apart"].f1 > .9 and found["plain"].f1 < .5 and whole.f1 < .5 and len(whole.truth) == 30
+    counts = [r.counts[["tp", "fn"]].sum().sum() for r in (plain, apart)]
+    assert counts[0] == counts[1] == 2 * 15 * 96, "both are scored on whole houses"
+    assert min(r.counts.tp.sum() / counts[0] for r in (plain, apart)) > .8, "the border is not taken from the houses"
+    judged = task.score_on[0]
+    bands = read_bands(apart.folder, judged)
+    assert bands.shape == (2, 64, 64) and (read_prediction(apart.folder, judged) == bands.max(0)).all() and len(read_bands(plain.folder, judged)) == 1
+    assert load_card(apart.folder.path).classes == ("background", "building", "border")
+    # the two commands on a whole image: the border of the map is found by itself
+    with pytest.raises(SystemExit) as end: rasters.aerial_predict(judged.source, str(apart.folder.path), str(tmp_path / "map.tif"), size=64, device="cpu")
+    assert end.value.code == 0
+    for split, count in (("auto", 15), ("none", 3)):
+        vectorize.aerial_vectorize(str(tmp_path / "map.tif"), str(tmp_path / f"{split}.gpkg"), split=split)
+        table = gpd.read_file(tmp_path / f"{split}.gpkg")
+        assert len(table[table.area_m2 > 40]) >= 13 if split == "auto" else len(table[table.area_m2 > 300]) in (0, 3), split

@@ -172,9 +172,11 @@ def object_labels(
     border: np.ndarray | None = None, # (h, w) in [0, 1]: a border keeps buildings apart, and belongs to them; no seeds then
 ) -> np.ndarray: # (h, w) int32, 0 background, 1.. buildings
     "Buildings as labelled pixels; with a border exactly those of `polygonise`."
-    from aerial_nb.scenes.separate import separate   # a later chapter
     safe = np.nan_to_num(probs, nan=0.)
-    parts = label_objects(safe >= threshold) if border is None else separate(probs, threshold, "border", border)
+    if border is None: parts = label_objects(safe >= threshold)
+    else:
+        from aerial_nb.scenes.separate import separate   # a later chapter
+        parts = separate(probs, threshold, "border", border)
     if seeds > threshold and border is None:
         from skimage.segmentation import watershed
         markers = label_objects(safe >= seeds)
