@@ -26,7 +26,7 @@ from aerial_nb.data.download import Line
 from aerial_nb.data.raster import DataError, write_raster
 from aerial_nb.data.sources import kaggle_headers
 from aerial_nb.data.splits import SPLITS
-from aerial_nb.data.table import COLUMNS
+from aerial_nb.data.table import COLUMNS, make_table, named
 
 LINE = Line(sleep=lambda s: None, timeout_s=(5, 5))
 TILES = ["17428750_15", "23279080_15", "24179185_15"]
@@ -421,3 +421,10 @@ def test_looking_at_the_list_loads_little():
     code = "import sys, aerial_nb.data.datasets; print(sorted({'torch', 'fastai', 'geopandas', 'requests'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], env=os.environ)
     assert not {"torch", "fastai"} & set(eval(found.stdout)), found.stderr
+
+
+def test_samples_by_name():
+    table = make_table([dict(image=f"{where}/t{i}.tif", scene=f"s{i}") for where, i in (("a", 1), ("a", 2), ("b", 2), ("b", 3))])
+    assert named(table, "") is table and named(table, "t3,t1").scene.tolist() == ["s3", "s1"]
+    with pytest.raises(DataError, match="no image, or several, of the name t2, t9; there are t1, "): named(table, "t1,t2,t9")
+    with pytest.raises(DataError, match="twice"): named(table, "t1,t1")
