@@ -316,7 +316,7 @@ def smoke_graph_model(
 ) -> SavedModel:
     "Train a tiny Sat2Graph on drawn towns, to have some graph model."
     epochs, sampling = max(1, steps // 20), GraphSampling.by_heart(size=128, bs=2, crops=2 * min(20, steps), valid_crops=2)
-    scoring = Scoring(choose_by="topo", thr=(.02, .1, .3), edge_thr=(.02, .1, .3))
+    scoring = Scoring(choose_by="topo", thr=(.1, .3), edge_thr=(.1, .3))
     task = graph_task(graph_samples("synthetic", dict(n=2, size=256, seed=7, gsd_m=1.)), "overfit", graph_recipe(epochs, lr=5e-3), sampling,
                       scoring=scoring, loading=dict(workers=0, device=device), data=SMOKE)
     run_graph_arm(task, Arm("smoke", "sat2graph", dict(width=2)), seed, folder, quiet=True)
