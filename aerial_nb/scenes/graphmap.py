@@ -10,6 +10,7 @@ __all__ = ['logger', 'PIXEL_KINDS', 'simplified', 'GraphMap', 'predict_graph', '
 import json
 import logging
 import os
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,13 +144,18 @@ class _Answers:
     "Answers for windows that pass by: damaged blocks, whether anything was valid, and a bar."
     def __init__(self, seer: Seer, plan: GraphWindows, model_fn, workers: int, bar):
         self.made, self.batch = (plan, _looker(seer), model_fn, seer.look.batch, workers), seer.look.batch
-        self.bar, self.lost, self.seen = bar, set(), False
+        self.bar, self.lost, self.seen, self.passing = bar, set(), False, None
 
     def __call__(self, windows: np.ndarray):
         plan, look_at, model_fn, batch, workers = self.made
-        for answer in answered(plan, windows, look_at, model_fn, batch, workers):
+        self.passing = answered(plan, windows, look_at, model_fn, batch, workers)
+        for answer in self.passing:
             self.lost.update(map(tuple, answer[3])); self.seen |= bool(answer[2].any()); self.bar.update()
             yield answer
+
+    def close(self) -> None: # before the raster is: threads may still read of it
+        "Let nothing more pass."
+        if self.passing is not None: self.passing.close()
 
 def _vertices(answers: _Answers, plan: GraphWindows, rules: GraphRules, journal: GraphJournal | None): # Vertices
     "All vertices of a raster, those that a journal holds and the rest."
@@ -256,8 +262,8 @@ def predict_graph(
     try:
         with rasterio.Env(GDAL_CACHEMAX=_cache_bytes(info, int(plan.seen["height"].max()), factor, workers)), \
              tqdm(total=total, desc="predict", unit="window", disable=not progress) as bar:
-            answers = _Answers(seer, plan, eye.make(device), workers, bar)
-            graph, sure = _decoded(answers, plan, rules, journal)
+            with closing(_Answers(seer, plan, eye.make(device), workers, bar)) as answers:
+                graph, sure = _decoded(answers, plan, rules, journal)
     except RuntimeError as error:   # torch.OutOfMemoryError is one
         if "out of memory" not in str(error).lower(): raise
         raise DataError(f"{device} has no room for {look.batch} windows of {plan.seen[0]['height']} pixels: take a smaller batch, then a "

@@ -9,6 +9,7 @@ __all__ = ['logger', 'CONTEXT', 'FARTHEST_PX', 'Vertices', 'gathered', 'read_ver
 # %% ../../nbs/scenes/graphparts.ipynb #3329c1e7
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,18 +165,18 @@ def answered(
     workers: int = 2,      # threads that read
 ) -> Iterator[tuple]: # window, planes of what is kept or None where nothing is valid, valid of it, damaged blocks
     "Windows through a network, in order."
-    read = map_windows(lambda i: look_at(plan.seen[i]), windows, workers=workers, ahead=max(2 * workers, batch))
-    group = []
-    for k, (i, seen) in enumerate(zip(windows, read)):
-        (row, col, *_), (r, c, h, w) = map(int, plan.seen[i]), map(int, plan.kept[i])
-        group.append((i, *seen, (..., slice(r - row, r - row + h), slice(c - col, c - col + w))))
-        if len(group) < batch and k + 1 < len(windows): continue
-        some = [g for g in group if g[2][g[4]].any()]
-        planes = iter(planes_of(model_fn, np.stack([g[1] for g in some]), np.stack([g[2] for g in some])) if some else ())
-        for i, _, valid, lost, here in group:
-            known = valid[here]
-            yield i, next(planes)[here] if known.any() else None, known, lost
-        group = []
+    read, group = map_windows(lambda i: look_at(plan.seen[i]), windows, workers=workers, ahead=max(2 * workers, batch)), []
+    with closing(read):     # nobody reads any more when an error passes through here
+        for k, (i, seen) in enumerate(zip(windows, read)):
+            (row, col, *_), (r, c, h, w) = map(int, plan.seen[i]), map(int, plan.kept[i])
+            group.append((i, *seen, (..., slice(r - row, r - row + h), slice(c - col, c - col + w))))
+            if len(group) < batch and k + 1 < len(windows): continue
+            some = [g for g in group if g[2][g[4]].any()]
+            planes = iter(planes_of(model_fn, np.stack([g[1] for g in some]), np.stack([g[2] for g in some])) if some else ())
+            for i, _, valid, lost, here in group:
+                known = valid[here]
+                yield i, next(planes)[here] if known.any() else None, known, lost
+            group = []
 
 # %% ../../nbs/scenes/graphparts.ipynb #dc84a3d0
 FARTHEST_PX = 1024  # beyond a part that is looked at, at most
