@@ -196,7 +196,7 @@ def test_a_models_own_test_tiles_go_through_its_door_and_are_counted(towns, tmp_
 
 def test_tiles_learned_by_heart_are_known_again_elsewhere(towns, tmp_path):
     home = folder_of(towns, tmp_path / "tiles")
-    run = RunFolder.create("train_sat2graph", dict(data=str(home), protocol="overfit", limit=2, data_gsd_m=1.), tmp_path / "runs", id="heart")
+    run = RunFolder.create("train_sat2graph", dict(data=str(home), protocol="overfit", limit=2, tiles="town0,town1,town3", data_gsd_m=1.), tmp_path / "runs", id="heart")
     save(run.arm("tiny-seed0").path, data=str(home)); run.release()
     copies = tmp_path / "copies"; (copies / "images").mkdir(parents=True); (copies / "labels").mkdir()
     for k in range(5):

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from ..data.graphtiles import SAME_GSD, GraphStore, Preparing, graph_samples
 from ..data.loaders import Stats
 from ..data.raster import DataError, raster_info
+from ..data.table import named
 from ..roads.graph import RoadGraph
 from .eyes import GRAPH_MODELS, _check_values, _sampled
 from .graphmap import GraphRules
@@ -74,7 +75,8 @@ def _trained_on(model: SavedModel) -> tuple[pd.DataFrame | None, bool]: # its ta
     card, params = model.card, model.run.params if model.run else {}
     by_heart, limit = params.get("protocol") == "overfit", int(params.get("limit") or 0)
     if not card.data or not (card.data == "synthetic" and model.run or Path(card.data).is_dir()): return None, False
-    try: table = graph_samples(card.data, dict(n=limit or (2 if by_heart else 5), size=256, gsd_m=card.gsd_m or 1.), float(params.get("data_gsd_m") or 0))
+    towns = dict(n=limit or (2 if by_heart else 5), size=int(params.get("town_px") or 256), gsd_m=card.gsd_m or 1.)
+    try: table = named(graph_samples(card.data, towns, float(params.get("data_gsd_m") or 0)), str(params.get("tiles") or ""))
     except (DataError, OSError) as error: logger.info("%s cannot be opened again: %s", card.data, error); return None, False
     if by_heart: return table.head(limit or len(table)).assign(split="train"), False
     return division_of(card, table, params), True
