@@ -191,6 +191,9 @@ def _from_arms(entry: Entry) -> list[dict]:
         cuts = values.get("thresholds") or []
         source = "" if not cuts else "fixed" if all(c == .5 for c in cuts) else "chosen on validation"
         rows.append(row | _cost(values.get("cost") or []) | dict(threshold=_mean(cuts), threshold_source=source))
+        if "trained_on" in values:    # evaluate_sat2graph: a saved model
+            rows[-1] |= dict(model=values.get("model"), trained_on=values["trained_on"], data=values.get("tested_on"),
+                             threshold_source="saved with the model" if cuts else "", doubts="; ".join(entry.metrics.get("doubts") or []))
     return rows
 
 def _from_board(entry: Entry) -> list[dict]:

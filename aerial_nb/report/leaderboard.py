@@ -24,7 +24,7 @@ MASKS = ("iou", "iou_image", "f1", "f1_image", "relaxed_f1", "boundary_iou", "pr
 TASKS = {"road masks": MASKS, "building masks": MASKS,
          "building objects": ("object_f1", "object_f1_at_25", "object_precision", "object_recall"),
          "road graphs": ("topo_f1", "apls", "apls_spacenet", "topo_precision", "topo_recall"), "speed": ("ms", "per_s", "ratio"), "other": ()}
-SUBJECTS = {"train_spin": "roads", "train_unet": "roads", "train_sat2graph": "roads", "score_roads": "roads",
+SUBJECTS = {"train_spin": "roads", "train_unet": "roads", "train_sat2graph": "roads", "evaluate_sat2graph": "roads", "score_roads": "roads",
             "train_roofs": "buildings", "train_buildings": "buildings"}   # by experiment; bench_* is speed
 METRIC_NAMES = {"object_f1": "F1 of buildings at IoU 0.5", "object_f1_at_25": "F1 of buildings at IoU 0.25", "topo_f1": "TOPO F1", "topo_precision": "TOPO precision",
                 "topo_recall": "TOPO recall", "apls": "APLS", "apls_spacenet": "APLS (SpaceNet)", "ms": "milliseconds", "per_s": "per second", "ratio": "ratio to plain"}

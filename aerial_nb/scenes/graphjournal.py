@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..data.raster import DataError
 from .graphparts import Vertices
@@ -83,22 +84,26 @@ class GraphJournal:
             raise DiskFull(errno.ENOSPC, f"no space left for {self.out}: the vertices of {len(self.strips)} strips are kept in "
                            f"{self.folder.name}; make room and repeat the command") from error
 
-    def add(self, panel: int, rows: int, points: Vertices, **notes) -> None: # raises DiskFull
-        "Keep a strip of a panel: its rows up to `rows` are finished."
-        content, at = _as_bytes(points), self.strips[-1]["bytes"] if self.strips else 0
-        strip = dict(panel=panel, rows=int(rows), bytes=at + len(content), crc=zlib.crc32(content)) | notes
-        with self._room():
-            _on_disk(self.vertices, content)
-            _on_disk(self.journal, (json.dumps(strip) + "\n").encode())
-        self.strips.append(strip); self.found.append(points)
+# %% ../../nbs/scenes/graphjournal.ipynb #1d325cee
+@patch
+def add(self: GraphJournal, panel: int, rows: int, points: Vertices, **notes) -> None: # raises DiskFull
+    "Keep a strip of a panel: its rows up to `rows` are finished."
+    content, at = _as_bytes(points), self.strips[-1]["bytes"] if self.strips else 0
+    strip = dict(panel=panel, rows=int(rows), bytes=at + len(content), crc=zlib.crc32(content)) | notes
+    with self._room():
+        _on_disk(self.vertices, content)
+        _on_disk(self.journal, (json.dumps(strip) + "\n").encode())
+    self.strips.append(strip); self.found.append(points)
 
-    def rows(self, panel: int) -> int:
-        "Rows of a panel that are finished."
-        return max((s["rows"] for s in self.strips if s["panel"] == panel), default=0)
+@patch
+def rows(self: GraphJournal, panel: int) -> int:
+    "Rows of a panel that are finished."
+    return max((s["rows"] for s in self.strips if s["panel"] == panel), default=0)
 
-    def remove(self) -> None:
-        "The output is there: nothing needs to be kept."
-        shutil.rmtree(self.folder, ignore_errors=True)
+@patch
+def remove(self: GraphJournal) -> None:
+    "The output is there: nothing needs to be kept."
+    shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../../nbs/scenes/graphjournal.ipynb #d5a0ae8b
 @contextmanager
