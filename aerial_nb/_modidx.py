@@ -2114,6 +2114,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'aerial_nb.roads.gaps._facing': ('roads/gaps.html#_facing', 'aerial_nb/roads/gaps.py'),
                                       'aerial_nb.roads.gaps._hitting': ('roads/gaps.html#_hitting', 'aerial_nb/roads/gaps.py'),
                                       'aerial_nb.roads.gaps._pointing': ('roads/gaps.html#_pointing', 'aerial_nb/roads/gaps.py'),
+                                      'aerial_nb.roads.gaps._ways_round': ('roads/gaps.html#_ways_round', 'aerial_nb/roads/gaps.py'),
                                       'aerial_nb.roads.gaps._worth': ('roads/gaps.html#_worth', 'aerial_nb/roads/gaps.py'),
                                       'aerial_nb.roads.gaps.join_gaps': ('roads/gaps.html#join_gaps', 'aerial_nb/roads/gaps.py')},
             'aerial_nb.roads.graph': { 'aerial_nb.roads.graph.RoadGraph': ('roads/graph.html#roadgraph', 'aerial_nb/roads/graph.py'),

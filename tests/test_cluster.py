@@ -134,6 +134,7 @@ def test_windows_of_dead_workers_are_done_again(ray, tmp_path, caplog):
     assert len(list(tmp_path.glob("death*"))) == MORE and "a worker died at the window 7" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_window_that_always_kills_is_named(ray, tmp_path):
     plan, got = cover((700, 900), 256), []
     def deadly(window): return Fragile(tmp_path, 6 * 192 + 0, times=99)(6 * int(window["row"]) + int(window["col"]))
@@ -142,6 +143,7 @@ def test_a_window_that_always_kills_is_named(ray, tmp_path):
     assert len(got) == 5 and len(list(tmp_path.glob("death*"))) == MORE + 1
 
 
+@pytest.mark.slow
 def test_a_worker_killed_from_outside(ray, tmp_path):
     def slow(i): (tmp_path / f"pid{i}").write_text(str(os.getpid())); time.sleep(0.2); return i, os.getpid()
     results, out = map_windows(slow, range(8), "ray", workers=2), []

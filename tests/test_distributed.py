@@ -134,6 +134,7 @@ def begun(notebook, data, base) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_all(notebook, data, tmp_path):
     process, run = begun(notebook, data, tmp_path), the_run(tmp_path)
     os.kill(max(players(run.path)), signal.SIGKILL)

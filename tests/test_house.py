@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +128,20 @@ def test_the_settings_that_keep_experiments_working():
     assert re.fullmatch(r">=[\d.]+,<[\d.]+", PROJECT["project"]["requires-python"])  # another form is rewritten by nbdev_export
 
 
+ASK_ALL = """
+import contextlib, io, json, sys
+from importlib.metadata import entry_points
+told = {}
+for name in sys.argv[1:]:
+    [entry] = entry_points(group="console_scripts", name=name)
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try: code = entry.load()()
+        except SystemExit as end: code = end.code
+    told[name] = out.getvalue(), code or 0
+print(json.dumps(told))
+"""     # all in one process: the libraries that they load take longer than they do
+
 def test_every_command_is_there_and_has_help(tmp_path):
     scripts = PROJECT["project"]["scripts"]
     assert {"nbdev_test", "nbdev_export", "nbdev_clean", "nbdev_docs", "nbdev_prepare", "aerial_run", "aerial_publish", "aerial_report"} <= scripts.keys()
@@ -138,9 +151,20 @@ def test_every_command_is_there_and_has_help(tmp_path):
     def ask(name):
         done = subprocess.run([where[name], "--help"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
         return name, done.stdout, done.returncode
-    with ThreadPoolExecutor(2) as pool:   # all at once would share two cores, and each would take its time
-        for name, text, code in pool.map(ask, scripts): assert code == 0 and text.startswith("usage"), f"{name}: {text[:300]}"
+    as_programs = [name for name in scripts if name.startswith("nbdev")] + ["aerial_publish"]
+    for name, text, code in map(ask, as_programs): assert code == 0 and text.startswith("usage"), f"{name}: {text[:300]}"
+    done = subprocess.run([sys.executable, "-c", ASK_ALL, *sorted(scripts.keys() - as_programs)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    told = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+    assert told.keys() == scripts.keys() - as_programs, done.stderr[-600:]
+    for name, (text, code) in told.items(): assert code == 0 and text.startswith(f"usage: {name}"), f"{name}: {text[:300]}"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_what_a_chapter_silences_it_lets_speak_again(path):
+    "nbdev_test runs one notebook after the other in one process."
+    code = "\n".join(c["source"] for c in cells(path) if c["cell_type"] == "code")
+    assert bool(re.search(r"logging\.disable\((?!logging\.NOTSET)", code)) <= ("logging.disable(logging.NOTSET)" in code)
 
 
 # ---- README and the check that runs everywhere

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from oracles.drawn_roads import apart, drawn, loops, network
 from rasterio.transform import from_origin
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import dijkstra
 
 from aerial_nb.data.synthetic import scene
+from aerial_nb.roads import gaps
 from aerial_nb.roads.apls import apls
 from aerial_nb.roads.graph import RoadGraph
 from aerial_nb.roads.skeleton import road_widths, skeleton_graph
@@ -256,3 +259,28 @@ def test_a_real_tile_takes_milliseconds():
         took.append(time.process_time() - start)
         assert graph.length > 0
     assert np.median(took) < .06
+
+
+def worth_by_scipy(graph, plane, tips, links):
+    "The way round every link, from the distances of all pairs of nodes."
+    size = np.hypot(*(plane[graph.edges[:, 0]] - plane[graph.edges[:, 1]]).T)
+    roads = coo_array((size, graph.edges.T), shape=(len(graph.nodes),) * 2).tocsr()
+    far, good = dijkstra(roads, directed=False), []
+    for _, tip, other, where, length in links:
+        row, other = far[tips[int(tip)]], int(other)
+        way = row[tips[other]] if np.isnan(where) else min(row[graph.edges[other, 0]] + where * size[other], row[graph.edges[other, 1]] + (1 - where) * size[other])
+        good.append(way >= gaps.DETOUR * length)
+    return np.array(good, bool)
+
+
+@calm
+@given(st.integers(0, 10**6), st.floats(5, 120))
+def test_ways_round_gaps_are_those_of_all_pairs(seed, gap):
+    dice = np.random.default_rng(seed)
+    at = dice.integers(0, 200, (dice.integers(4, 60), 2)) * 1.
+    graph = RoadGraph(at, dice.integers(0, len(at), (len(at), 2))).tidy()
+    if not len(graph): return
+    tips, ways = gaps._pointing(graph, graph.nodes, max(gap / 2, 8.))
+    if not len(tips): return
+    links = np.concatenate([gaps._facing(graph.nodes[tips], ways, gap, .5), gaps._hitting(graph, graph.nodes, tips, ways, gap)])
+    assert np.array_equal(gaps._worth(graph, graph.nodes, tips, links), worth_by_scipy(graph, graph.nodes, tips, links))

@@ -73,6 +73,7 @@ def test_the_executed_notebook_shows_figures_and_no_machine(split_run):
     assert kinds.count("image/png") >= 6 and "text/markdown" in kinds
 
 
+@pytest.mark.slow
 def test_directions_are_learned_shown_and_recorded(tmp_path):
     done = papermill(tmp_path, orientation=True, orientation_weight=0.5, models="spin", epochs=1)
     assert done.returncode == 0, done.stderr[-3000:]

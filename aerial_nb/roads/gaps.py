@@ -9,8 +9,10 @@ __all__ = ['DETOUR', 'join_gaps']
 
 # %% ../../nbs/roads/gaps.ipynb #b325aa2f
 from dataclasses import replace
+from heapq import heappop, heappush
 
 import numpy as np
+from numba import njit
 
 from .clean import Chains
 from .graph import RoadGraph
@@ -62,26 +64,37 @@ def _hitting(graph: RoadGraph, plane, tips, ways, gap: float) -> np.ndarray: # (
 # %% ../../nbs/roads/gaps.ipynb #e4b56929
 DETOUR = 4.
 
+@njit(cache=True)
+def _ways_round(first, to, size, starts, goals, limits):
+    "Shortest ways from each start to its two goals, looked for no farther than a limit; infinite beyond it. Dijkstra, with a heap."
+    far, out = np.full(len(first) - 1, np.inf), np.full((len(starts), 2), np.inf)
+    for k in range(len(starts)):
+        heap, reached = [(0., starts[k])], [starts[k]]
+        far[starts[k]] = 0.
+        while heap:
+            d, u = heappop(heap)
+            if d > far[u]: continue
+            for e in range(first[u], first[u + 1]):
+                v, way = to[e], d + size[e]
+                if way < far[v] and way <= limits[k]:
+                    far[v] = way
+                    reached.append(v); heappush(heap, (way, v))
+        for g in range(2): out[k, g] = far[goals[k, g]]
+        for u in reached: far[u] = np.inf
+    return out
+
 def _worth(graph: RoadGraph, plane: np.ndarray, tips: np.ndarray, links: np.ndarray) -> np.ndarray: # (k,) bool
     "Whether the way round along the graph is DETOUR times the link."
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import dijkstra
-    n, size = len(graph.nodes), RoadGraph(plane, graph.edges).lengths
-    roads = coo_array((size, graph.edges.T), shape=(n, n)).tocsr()
-    good, facing = np.ones(len(links), bool), np.isnan(links[:, 3])
-    goal = np.where(facing, tips[np.where(facing, links[:, 2], 0).astype(np.int64)], -1)
-    limit = DETOUR * links[:, 4].max(initial=0)
-    for start in range(0, len(links), 64):          # 64 rows at a time: memory stays small on large graphs
-        rows = slice(start, start + 64)
-        way = dijkstra(roads, directed=False, indices=tips[links[rows, 1].astype(np.int64)], limit=limit)
-        for k, row in enumerate(way, start):
-            if facing[k]: round_trip = row[goal[k]]
-            else:
-                (u, v), where = graph.edges[int(links[k, 2])], links[k, 3]
-                long = size[int(links[k, 2])]
-                round_trip = min(row[u] + where * long, row[v] + (1 - where) * long)
-            good[k] = round_trip >= DETOUR * links[k, 4]
-    return good
+    size, both = RoadGraph(plane, graph.edges).lengths, np.concatenate([graph.edges, graph.edges[:, ::-1]])
+    order = np.argsort(both[:, 0], kind="stable")
+    first = np.searchsorted(both[order, 0], np.arange(len(graph.nodes) + 1))
+    facing, other, limits = np.isnan(links[:, 3]), links[:, 2].astype(np.int64), DETOUR * links[:, 4]
+    goals = np.repeat(tips[np.where(facing, other, 0)], 2).reshape(-1, 2)
+    goals[~facing] = graph.edges[other[~facing]]
+    way = _ways_round(first, both[order, 1], np.tile(size, 2)[order], tips[links[:, 1].astype(np.int64)], goals, limits)
+    along, long = links[~facing, 3], size[other[~facing]]
+    way[~facing] += np.stack([along * long, (1 - along) * long], 1)
+    return way.min(1) >= limits
 
 # %% ../../nbs/roads/gaps.ipynb #a66d0a38
 def join_gaps(
