@@ -151,6 +151,7 @@ def test_a_kill_in_mid_epoch_then_resume_gives_the_same_curve(tmp_path):
     pd.testing.assert_frame_equal(*scores)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_a_sentence(tmp_path):
     small = tmp_path / "small"; small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], capture_output=True)
